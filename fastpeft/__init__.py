@@ -1,0 +1,30 @@
+"""fastpeft: adapter fine-tuning that costs what a frozen model costs.
+
+    report = fastpeft.adapt(model, "lora", rank=8, alpha=16)     # nn.Linear layers become fused adapter modules, in place
+    ...train as usual...
+    fastpeft.save_adapter(model, "out")                          # loads in PEFT
+"""
+
+from __future__ import annotations
+
+from fastpeft.adapter import AdaptedLinear
+from fastpeft.linear import adapted_linear
+from fastpeft.ops.dropout import dropout_mask
+from fastpeft.registry import methods
+from fastpeft.report import Report
+from fastpeft.swap import adapt, adapters_off, merge, unload
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptedLinear",
+    "Report",
+    "__version__",
+    "adapt",
+    "adapted_linear",
+    "adapters_off",
+    "dropout_mask",
+    "merge",
+    "methods",
+    "unload",
+]

@@ -1,0 +1,194 @@
+"""adapted_linear: the one function that reads terms."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.base import Plain
+from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.seam import Down, Post, Read, Up, Write
+from fastpeft.terms import Bias, Gain, LowRank, Term, validate
+
+IMPLS = ("torch", "triton")
+
+
+def adapted_linear(
+    x: Tensor,
+    weight_or_base: Tensor | Any,
+    bias: Tensor | None,
+    terms: Sequence[Term],
+    *,
+    seed: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """y = gain * (x W^T + sum of terms(x)) + bias + sum of Bias.
+
+    x: [..., in], one to any number of dimensions, any strides; an empty batch gives an empty y.
+    weight_or_base: W [out, in], or a base of fastpeft.base.   bias: [out] or None.
+    terms: LowRank, Gain, Bias of fastpeft.terms. Terms with the same A object and dropout read x once.
+    seed: 0-dim int64 tensor for every dropout of this call; None draws one from torch's generator on x's device.
+    impl: None picks by device; "torch" is the reference; "triton" runs Triton or raises. FASTPEFT_IMPL sets the default.
+    Returns y [..., out] in the autocast dtype if autocast is on, else in the base's dtype. Factors may have a wider dtype
+    than x; they are cast inside, and their gradients are summed in their own dtype.
+    Raises ValueError / TypeError on shapes, dtypes, devices or combinations that do not fit, RuntimeError for an `impl` that
+    cannot run here.
+    """
+    base = Plain(weight_or_base) if isinstance(weight_or_base, Tensor) else weight_or_base
+    check_input(x, base)
+    validate(terms, base.out_features, base.in_features)
+    return run_terms(x, base, bias, terms, seed=seed, impl=impl)
+
+
+def run_terms(
+    x: Tensor,
+    base: Any,
+    bias: Tensor | None,
+    terms: Sequence[Term],
+    *,
+    seed: Tensor | None = None,
+    impl: str | None = None,
+) -> Tensor:
+    """adapted_linear without the checks of terms and x, for callers whose terms were checked when they were built."""
+    resolve_impl(impl)
+    lows = _grouped([t for t in terms if isinstance(t, LowRank)])
+    gain = next((t for t in terms if isinstance(t, Gain)), None)
+    for t in terms:
+        if isinstance(t, Bias):
+            bias = t.b if bias is None else bias + t.b
+    if any(t.dropout for t in lows) or (gain is not None and gain.dropout):
+        seed = draw_seed(x.device) if seed is None else seed
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = base.dtype
+    if autocast and torch.float64 not in (x.dtype, base.dtype):
+        dtype = torch.get_autocast_dtype(device)
+    if autocast:
+        return _with_autocast_off(device, x, base, bias, lows, gain, seed, dtype)
+    return _seam(x, base, bias, lows, gain, seed, dtype, None)
+
+
+def _with_autocast_off(device: str, x, base, bias, lows, gain, seed, dtype) -> Tensor:
+    middle = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        return _seam(x, base, bias, lows, gain, seed, dtype, (device, middle))
+
+
+def _seam(x, base, bias, lows, gain, seed, dtype, autocast: tuple[str, torch.dtype] | None) -> Tensor:
+    reads, slots, tensors = _reads(lows)
+    weight = base.W if isinstance(base, Plain) and base.W.requires_grad else None
+    grad = torch.is_grad_enabled()
+    keep_x = grad and (weight is not None or any(t is not None and t.requires_grad for t in tensors))
+    g = None if gain is None else gain.g
+    gain_p = 0.0 if gain is None else gain.dropout
+    carry, *us = Down.apply(
+        x,
+        weight,
+        base,
+        None if g is None else g.detach(),
+        seed,
+        gain_p,
+        dtype,
+        keep_x,
+        reads,
+        *tensors,
+        None,
+    )
+    n, probes = len(reads), {}
+    for k, read in enumerate(reads):
+        if read.rows:
+            probes[k] = us[n + len(probes)]
+
+    writes, pairs, extra = [], [], None
+    for t, k in zip(lows, slots, strict=True):
+        v = us[k] if t.mid is None else _middle(t, us[k], probes.get(k), x, dtype, autocast)
+        if t.post is None:
+            writes.append(Write(t.scale, t.blocks))
+            pairs += (v, t.B)
+        else:
+            added = Post.apply(v, t.B, t.scale, t.post)
+            extra = added if extra is None else extra + added
+    keep = (*(grad and B.requires_grad for B in pairs[1::2]), grad and g is not None and g.requires_grad)
+    return Up.apply(x.detach(), carry, base, bias, g, extra, seed, gain_p, tuple(writes), keep, *pairs, None)
+
+
+def _reads(lows: list[LowRank]) -> tuple[tuple[Read, ...], list[int], list[Tensor | None]]:
+    """Distinct (A, rows, dropout), the slot of each term among them, and the flat tensors A_1, rows_1, A_2, ..."""
+    reads: list[Read] = []
+    tensors: list[Tensor | None] = []
+    slots: list[int] = []
+    for t in lows:
+        for k, read in enumerate(reads):
+            if tensors[2 * k] is t.A and tensors[2 * k + 1] is t.rows and read.p == t.dropout:
+                slots.append(k)
+                break
+        else:
+            slots.append(len(reads))
+            reads.append(Read(t.dropout, t.blocks, t.rows is not None))
+            tensors += (t.A, t.rows)
+    return tuple(reads), slots, tensors
+
+
+def _middle(t: LowRank, u: Tensor, p: Tensor | None, x: Tensor, dtype: torch.dtype, autocast) -> Tensor:
+    """mid(u, p, x) with x's leading dimensions, back to [tokens, R'] in y's dtype; under the caller's autocast state."""
+    lead = x.shape[:-1]
+    args = (u.view(*lead, u.shape[-1]), None if p is None else p.view(*lead, p.shape[-1]), x)
+    if autocast is None:
+        v = t.mid(*args)
+    else:
+        with torch.autocast(autocast[0], dtype=autocast[1]):
+            v = t.mid(*args)
+    return v.reshape(-1, v.shape[-1]).to(dtype)
+
+
+def _grouped(lows: list[LowRank]) -> list[LowRank]:
+    """Plain terms of equal dropout, dtype and trainability become one of summed rank, scales folded into B.
+
+    One read of x and one pass over y instead of one per method at the site. A term whose A is also read by another term
+    stays alone: the seam reads that A once.
+    """
+    if len(lows) < 2:
+        return lows
+    groups: dict[Any, list[LowRank]] = {}
+    for t in lows:
+        alone = t.mid or t.post or t.blocks > 1 or sum(q.A is t.A for q in lows) > 1
+        key = id(t) if alone else (t.dropout, t.A.dtype, t.B.dtype, t.A.requires_grad, t.B.requires_grad)
+        groups.setdefault(key, []).append(t)
+    return [ts[0] if len(ts) == 1 else _concatenate(ts) for ts in groups.values()]
+
+
+def _concatenate(ts: list[LowRank]) -> LowRank:
+    A = torch.cat([t.A for t in ts])
+    B = torch.cat([t.B if t.scale == 1.0 else t.B * t.scale for t in ts], dim=1)
+    return LowRank(A, B, dropout=ts[0].dropout)
+
+
+def check_input(x: Tensor, base: Any) -> None:
+    """Raise ValueError / TypeError where x does not fit the base in features, device or dtype."""
+    if x.dim() == 0 or x.shape[-1] != base.in_features:
+        raise ValueError(
+            f"adapted_linear: x is {tuple(x.shape)}; its last dimension must be the layer's in_features = {base.in_features}."
+        )
+    if x.device != base.device:
+        raise ValueError(f"adapted_linear: x is on {x.device} but the weight is on {base.device}; move one of them.")
+    if x.dtype != base.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"adapted_linear: x is {x.dtype} but the base is {base.dtype}; cast x, or run under torch.autocast."
+        )
+
+
+def resolve_impl(impl: str | None) -> str:
+    """The implementation that runs: the argument, else FASTPEFT_IMPL, else "torch". Never falls back silently."""
+    chosen = impl or os.environ.get("FASTPEFT_IMPL") or "torch"
+    if chosen not in IMPLS:
+        raise ValueError(f"adapted_linear: impl={chosen!r} does not exist; choose one of {', '.join(IMPLS)}.")
+    if chosen == "triton":
+        raise RuntimeError(
+            "adapted_linear: impl='triton' was asked for, but this version has no Triton kernel for the low-rank family; "
+            "use impl='torch' (CPU and CUDA) or leave it unset."
+        )
+    return chosen

@@ -1,0 +1,82 @@
+"""DoRA: diag(m / c) (W + s B A), c the norm of each row of W + s B A.   A, B as in LoRA; m [out] trains, starts at ||W||.
+
+grad="simple" (the authors' default) holds c constant in backward; grad="full" differentiates through it. c is computed anew
+in every forward. With dropout, dropout_base=True is the law of the authors' code and of PEFT: the magnitude's part of the
+base product reads the dropped x too, which costs a second base product in training. dropout_base=False keeps one product
+and drops only what A reads: the same mean, not the same noise; this variant is fastpeft's own. A row of W of norm zero
+has c = 0 until B moves; its m / c is defined as 1 there, so the row stays finite.
+
+Paper: arXiv 2402.09353, equation 5 and section 4.3.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.method.lora import peft_lora, scaling
+from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
+from fastpeft.terms import Gain, LowRank, Term
+
+
+def peft_dora(options: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT LoraConfig fields of DoRA's options."""
+    return peft_lora(options) | {"use_dora": True}
+
+
+def magnitude_gain(m: Tensor, sq_norm: Tensor) -> Tensor:
+    """m / sqrt(sq_norm), 1 where sq_norm is zero; the inner `where` stands before the root so that no gradient is NaN."""
+    zero = sq_norm == 0
+    return torch.where(zero, 1.0, m / torch.where(zero, 1.0, sq_norm).sqrt())
+
+
+@method("dora", paper="arXiv 2402.09353")
+class DoRA(Method):
+    ROLES = {"A": "down", "B": "up", "m": "gain"}
+    PEFT = PeftFormat(
+        "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}, peft_dora
+    )
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: int = 8,
+        alpha: float = 8,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        grad: str = "simple",
+        dropout_base: bool = True,
+    ):
+        super().__init__()
+        check_rank("dora", rank, site)
+        if grad not in ("simple", "full"):
+            raise ValueError(f"dora: grad={grad!r}; it must be 'simple' or 'full'.")
+        self.dropout = check_probability("dora", "dropout", dropout)
+        self.scale = scaling(rank, check_finite("dora", "alpha", alpha), rslora)
+        self.grad, self.dropout_base = grad, dropout_base
+        self.A = site.empty(rank, site.in_features)
+        self.B = site.zeros(site.out_features, rank)
+        norm = site.base.row_sq_norm().sqrt()
+        self.m = nn.Parameter(norm.to(site.dtype))
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        if not norm.is_meta and (empty := int((norm == 0).sum())):
+            warnings.warn(
+                f"dora: {empty} of {site.out_features} rows of {site.name!r} have norm zero; their gain is 1 until B moves.",
+                stacklevel=2,
+            )
+
+    def terms(self, base: Any) -> list[Term]:
+        p = self.dropout if self.training else 0.0
+        B = self.B * self.scale
+        if self.grad == "full":
+            sq_norm = base.row_sq_norm(self.A, B)
+        else:
+            sq_norm = base.row_sq_norm(self.A.detach(), B.detach())
+        gain = magnitude_gain(self.m, sq_norm)
+        return [LowRank(self.A, B, dropout=p), Gain(gain, dropout=p if self.dropout_base else 0.0)]

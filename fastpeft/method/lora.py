@@ -1,0 +1,66 @@
+"""LoRA: W + s B A, s = alpha / rank.   A [rank, in], B [out, rank] train; B starts at zero, W is frozen.
+
+A starts Kaiming uniform with a = sqrt(5), that is uniform on +-1/sqrt(in), as in the authors' code and in PEFT (the paper
+says Gaussian). rslora=True: s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732). lora_bias=True: B has a bias [out], whose
+share of y is s * bias (PEFT). Dropout acts on what A reads, in training only.
+
+Paper: arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
+from fastpeft.terms import Bias, LowRank, Term
+
+
+def scaling(rank: int, alpha: float, rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732, theorem 3.2)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def peft_lora(options: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT LoraConfig fields of LoRA's options."""
+    return {
+        "r": options["rank"],
+        "lora_alpha": options["alpha"],
+        "lora_dropout": options["dropout"],
+        "use_rslora": options["rslora"],
+        "lora_bias": options.get("lora_bias", False),
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+
+
+@method("lora", paper="arXiv 2106.09685")
+class LoRA(Method):
+    ROLES = {"A": "down", "B": "up", "bias": "bias"}
+    PEFT = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}, peft_lora)
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rank: int = 8,
+        alpha: float = 8,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        lora_bias: bool = False,
+    ):
+        super().__init__()
+        check_rank("lora", rank, site)
+        self.dropout = check_probability("lora", "dropout", dropout)
+        self.scale = scaling(rank, check_finite("lora", "alpha", alpha), rslora)
+        self.A = site.empty(rank, site.in_features)
+        self.B = site.zeros(site.out_features, rank)
+        self.bias = site.zeros(site.out_features) if lora_bias else None
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def terms(self, base: Any) -> list[Term]:
+        low = LowRank(self.A, self.B, self.scale, dropout=self.dropout if self.training else 0.0)
+        return [low] if self.bias is None else [low, Bias(self.bias * self.scale)]

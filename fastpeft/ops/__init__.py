@@ -1,0 +1,1 @@
+"""Fused operations: each family is one file with its torch reference, autograd and public function."""

@@ -1,0 +1,37 @@
+"""y = g * z (+ bias) and its gradients, g [out] per output feature; slabs where g is wider than z (fp32 g on a bf16 base)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops.slabs import slabs
+
+
+def scale_rows(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A fresh g * z + bias, [t, o] in z's dtype; computed in the wider of the two dtypes and rounded once."""
+    if g.dtype == z.dtype:
+        return z * g if bias is None else torch.addcmul(bias.to(z.dtype), z, g)
+    y = torch.empty_like(z)
+    wide_bias = None if bias is None else bias.to(g.dtype)
+    for s in slabs(z.shape[0], z.shape[1], g.element_size()):
+        y[s] = z[s] * g if wide_bias is None else torch.addcmul(wide_bias, z[s], g)
+    return y
+
+
+def add_scaled_rows_(y: Tensor, z: Tensor, g: Tensor) -> None:
+    """y += g * z in place, [t, o]."""
+    if g.dtype == z.dtype:
+        y.addcmul_(z, g)
+        return
+    for s in slabs(z.shape[0], z.shape[1], g.element_size()):
+        y[s] = y[s] + z[s] * g
+
+
+def grad_gain(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
+    """dg = sum over tokens of dy * z, [o] in `dtype`; summed in fp32 at least, no [t, o] temporary."""
+    wide = torch.promote_types(dtype, torch.float32)
+    total = dy.new_zeros(dy.shape[1], dtype=wide)
+    for s in slabs(dy.shape[0], dy.shape[1], wide.itemsize):
+        total += (dy[s].to(wide) * z[s]).sum(0)
+    return total.to(dtype)

@@ -1,0 +1,229 @@
+"""Methods and recipes: how a file in fastpeft/method/ becomes a name that users can type.
+
+A *method* owns parameters and returns terms. A *recipe* is what a paper prescribes: method, start (initialisation),
+procedures (what happens around an optimiser step) and defaults. `@method` registers a class together with its own recipe;
+`recipe` adds further ones. Files in fastpeft/method and fastpeft/start are found by listing the folder on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastpeft.base import Plain
+from fastpeft.terms import Gain, Term, is_linear
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a method is built: the layer's name and its base (shapes, norms, products; not the raw weight).
+
+    dtype is the dtype that the method's parameters should have.
+    """
+
+    name: str
+    base: Any
+    dtype: torch.dtype
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out_features
+
+    @property
+    def in_features(self) -> int:
+        return self.base.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    def empty(self, *shape: int) -> nn.Parameter:
+        """An uninitialised trainable parameter of the site's dtype and device."""
+        return nn.Parameter(torch.empty(*shape, dtype=self.dtype, device=self.device))
+
+    def zeros(self, *shape: int) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(*shape, dtype=self.dtype, device=self.device))
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """How PEFT stores a method: its peft_type, the file key of each parameter, and the config fields of given options."""
+
+    peft_type: str
+    keys: Mapping[str, str]
+    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
+class Method(nn.Module):
+    """What every method is: parameters, their ROLES, and terms(base). Options are __init__'s keyword-only arguments.
+
+    ROLES says what each parameter is ("down", "up", "gain", "bias", "gate", ...); optimiser groups, weight-decay rules and
+    reports read it. PEFT is None where PEFT has no such method.
+    """
+
+    ROLES: ClassVar[Mapping[str, str]] = {}
+    PEFT: ClassVar[PeftFormat | None] = None
+
+    def terms(self, base: Any) -> list[Term]:
+        """The terms of one forward; composed from parameters with ordinary PyTorch, so no gradient is written here."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    name: str
+    cls: type[Method]
+    paper: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Option name -> default value."""
+        parameters = inspect.signature(self.cls.__init__).parameters.values()
+        own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+        return own | dict(self.defaults)
+
+    def build(self, site: Site, options: Mapping[str, Any]) -> Method:
+        """The method at one site; raises ValueError naming the site where options do not fit the layer."""
+        return self.cls(site, **(dict(self.defaults) | dict(options)))
+
+
+_RECIPES: dict[str, Recipe] = {}
+_discovered = False
+
+_NOT_OURS = {
+    "olora": "PEFT's 'olora' is a QR initialisation of LoRA (arXiv 2406.01775) and is not offered here; "
+    "'o_lora' is orthogonal continual learning (arXiv 2310.14152). Use PEFT's init_lora_weights='olora' for the former.",
+}
+
+
+def method(name: str, *, paper: str) -> Callable[[type[Method]], type[Method]]:
+    """Class decorator: register a Method class and its recipe under `name`."""
+
+    def add(cls: type[Method]) -> type[Method]:
+        recipe(name, cls, paper=paper)
+        return cls
+
+    return add
+
+
+def recipe(name: str, cls: type[Method], *, paper: str, **defaults: Any) -> None:
+    """Register a recipe: `cls` with other defaults. Raises ValueError if the name is taken."""
+    if name in _RECIPES:
+        raise ValueError(f"recipe {name!r} is already registered by {_RECIPES[name].cls.__module__}; choose another name.")
+    _RECIPES[name] = Recipe(name, cls, paper, defaults)
+
+
+def discover() -> None:
+    """Import every file of fastpeft/method once; a new file needs no other edit."""
+    global _discovered
+    if _discovered:
+        return
+    for package in ("fastpeft.method",):
+        folder = importlib.import_module(package)
+        for info in pkgutil.iter_modules(folder.__path__):
+            importlib.import_module(f"{package}.{info.name}")
+    _discovered = True
+
+
+def get_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises ValueError listing what exists."""
+    discover()
+    if name in _RECIPES:
+        return _RECIPES[name]
+    if name in _NOT_OURS:
+        raise ValueError(f"adapt: {_NOT_OURS[name]}")
+    raise ValueError(f"adapt: method {name!r} does not exist; choose one of {', '.join(sorted(_RECIPES))}.")
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """One row of fastpeft.methods()."""
+
+    name: str
+    paper: str
+    summary: str
+    terms: tuple[str, ...]
+    options: Mapping[str, Any]
+    mergeable: bool
+    exportable: bool
+
+
+class MethodTable(tuple[MethodInfo, ...]):
+    """What fastpeft.methods() returns: a tuple of MethodInfo that prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [("method", "paper", "terms", "merge", "to LoRA", "options")]
+        for m in self:
+            options = ", ".join(f"{k}={v!r}" for k, v in m.options.items())
+            rows.append((m.name, m.paper, " ".join(m.terms), _yes(m.mergeable), _yes(m.exportable), options))
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[5]]) for r in rows)
+
+
+def _yes(flag: bool) -> str:
+    return "yes" if flag else "no"
+
+
+def methods() -> MethodTable:
+    """Every recipe: name, paper, terms, options with defaults, whether it merges into W, whether it exports to plain LoRA.
+
+    The last three are read off the terms of the method built on a 16 x 16 layer, not declared.
+    """
+    discover()
+    return MethodTable(_describe(_RECIPES[name]) for name in sorted(_RECIPES))
+
+
+def _describe(r: Recipe) -> MethodInfo:
+    base = Plain(torch.eye(16))
+    with torch.random.fork_rng(devices=[]):
+        terms = r.build(Site("example", base, torch.float32), {}).terms(base)
+    kinds = tuple(dict.fromkeys(type(t).__name__ for t in terms))
+    doc = (inspect.getdoc(inspect.getmodule(r.cls)) or inspect.getdoc(r.cls) or "").splitlines()
+    linear = is_linear(terms)
+    exportable = linear and not any(isinstance(t, Gain) for t in terms)
+    return MethodInfo(r.name, r.paper, doc[0] if doc else "", kinds, r.options, linear, exportable)
+
+
+def check_options(names: list[str], options: Mapping[str, Any]) -> None:
+    """Raise ValueError if an option belongs to none of the named recipes; the message lists what exists."""
+    known = {name: get_recipe(name).options for name in names}
+    for option in options:
+        if not any(option in own for own in known.values()):
+            listing = "; ".join(f"{name}: {', '.join(own)}" for name, own in known.items())
+            raise ValueError(f"adapt: option {option!r} does not exist for {', '.join(names)}; options are: {listing}.")
+
+
+def check_rank(who: str, rank: Any, site: Site) -> None:
+    """Raise unless rank is an int between 1 and the smaller side of the layer."""
+    limit = min(site.out_features, site.in_features)
+    if not isinstance(rank, int) or isinstance(rank, bool):
+        raise TypeError(f"{who}: rank={rank!r} at {site.name!r}; it must be an int.")
+    if not 1 <= rank <= limit:
+        raise ValueError(
+            f"{who}: rank={rank} at {site.name!r} ({site.in_features} -> {site.out_features}); it must be 1 to {limit}, "
+            "the smaller side of the layer. Lower it there with rank_pattern, or exclude the layer."
+        )
+
+
+def check_probability(who: str, name: str, p: Any) -> float:
+    """Raise unless p is a number in [0, 1); returns it as a float."""
+    if not isinstance(p, (int, float)) or isinstance(p, bool) or not 0.0 <= p < 1.0:
+        raise ValueError(f"{who}: {name}={p!r}; it must be a number of at least 0 and less than 1.")
+    return float(p)
+
+
+def check_finite(who: str, name: str, value: Any) -> float:
+    """Raise unless value is a finite number; returns it as a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError(f"{who}: {name}={value!r}; it must be a finite number.")
+    return float(value)
+
