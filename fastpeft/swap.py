@@ -132,7 +132,7 @@ def _adapt(
     record = Adaptation([r.name for r in found], options, dict(rank_pattern or {}), dict(alpha_pattern or {}), bias)
     saved = _saved_modules(model, modules_to_save)
     report = Report(saved_modules=list(saved))
-    modules = _sites(model, target_modules or "all-linear", exclude_modules, saved, report, record.methods)
+    modules = _sites(model, "all-linear" if target_modules is None else target_modules, exclude_modules, saved, report, record.methods)
 
     adapters: dict[str, Adapter] = {}
     for name, module in modules.items():

@@ -1,0 +1,21 @@
+"""The one error that the command line prints as a single line."""
+
+from __future__ import annotations
+
+import importlib.util
+
+
+class JobError(ValueError):
+    """A job that cannot start (code 2: bad input) or had to stop (code 1). The message is all that a user
+    needs to see."""
+
+    def __init__(self, message: str, *, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+def require(what: str, *modules: str) -> None:
+    """Raise JobError with the install command if a library that `what` needs is not installed; imports none of them."""
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if missing:
+        raise JobError(f"finetune: {what} needs {', '.join(missing)}; run `pip install 'fastpeft[hf]'`.")

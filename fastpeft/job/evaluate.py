@@ -1,0 +1,60 @@
+"""How good a model is on held-out examples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.job.data import Examples
+from fastpeft.job.settings import Settings
+
+
+@dataclass(frozen=True)
+class Score:
+    """loss: mean per example, or per predicted token.   accuracy: share of right answers; None for language
+    modelling."""
+
+    loss: float
+    accuracy: float | None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.2f}" if self.accuracy is None else f"accuracy {self.accuracy:.3f}"
+        )
+
+
+@torch.no_grad()
+def evaluate(model: Any, held: Examples, settings: Settings) -> Score:
+    """Score of a model in eval mode; its mode is set back afterwards."""
+    training = model.training
+    model.eval()
+    loss, right, count = 0.0, 0, 0
+    for batch in held.in_order(2 * settings.batch_size):
+        batch = {k: v.to(settings.torch_device) for k, v in batch.items()}
+        out = model(**batch)
+        labels = batch["labels"]
+        n = len(labels) if held.labels is not None else int((labels[:, 1:] != -100).sum())
+        loss += float(out.loss) * n
+        count += n
+        if held.labels is not None:
+            right += int((out.logits.argmax(-1) == labels).sum())
+    model.train(training)
+    return Score(loss / count, right / count if held.labels is not None else None)
+
+
+@torch.no_grad()
+def logits(model: Any, batch: dict[str, Tensor], settings: Settings) -> Tensor:
+    """Logits of one batch in eval mode, fp32, on the CPU."""
+    training = model.training
+    model.eval()
+    found = model(**{k: v.to(settings.torch_device) for k, v in batch.items() if k != "labels"}).logits
+    model.train(training)
+    return found.float().cpu()

@@ -1,0 +1,91 @@
+"""What a training step keeps for its backward, and summaries of times measured step by step."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# the first steps pay for memory pools, thread start-up and lazily built kernels
+WARM_UP_STEPS = 3
+
+
+def bytes_saved(forward: Callable[[], Any], owned: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps between forward and backward: each storage once, those of `owned`
+    (parameters, buffers) not.
+
+    A storage counts whole, also where only a view of it is saved: that is what stays allocated. Tensors that
+    a Function keeps outside save_for_backward are not seen.
+    """
+    known = {t.untyped_storage().data_ptr() for t in owned}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            # holding the storage keeps its address from being given to another tensor of the same forward
+            kept[storage.data_ptr()] = storage
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    total = sum(s.nbytes() for s in kept.values())
+    del result
+    return total
+
+
+def step_bytes(model: Any, batch: dict[str, Tensor]) -> int:
+    """bytes_saved by one training forward of the model; the batch itself is not counted."""
+    training = model.training
+    model.train()
+    owned = [*model.parameters(), *model.buffers(), *batch.values()]
+    found = bytes_saved(lambda: model(**batch).loss, owned)
+    model.train(training)
+    return found
+
+
+def median_after_warm_up(values: Sequence[float]) -> float:
+    """Median of the values after the first WARM_UP_STEPS (of all, if there are no more)."""
+    return statistics.median(values[WARM_UP_STEPS:] or values)
+
+
+def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """Median over steps of value / base, both measured within the same step; warm-up left out."""
+    return median_after_warm_up([v / b for v, b in zip(values, base, strict=True)])
+
+
+def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation; None as the latter for a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def interleaved(
+    steps: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    seed: int = 0,
+    wait: Callable[[], object] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of each step in each round; within a round the order is drawn anew, so that noise is shared.
+
+    wait: called before each clock reading (torch.cuda.synchronize). WARM_UP_STEPS come first and are not
+    returned.
+    """
+    draw = random.Random(seed)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for k in range(WARM_UP_STEPS + rounds):
+        for name in draw.sample(sorted(steps), len(steps)):
+            if wait is not None:
+                wait()
+            start = time.perf_counter()
+            steps[name]()
+            if wait is not None:
+                wait()
+            if k >= WARM_UP_STEPS:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds

@@ -1,0 +1,168 @@
+"""The results of a run, and report.json made of them."""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+from fastpeft.job import measure
+from fastpeft.job.arms import FASTPEFT, PEFT
+from fastpeft.job.evaluate import Score
+from fastpeft.job.settings import Settings
+
+_VERSIONS = ("torch", "transformers", "peft", "tokenizers", "datasets", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Largest |difference| of the logits of one evaluation batch between the trained and the reloaded model.
+
+    fastpeft: loaded by fastpeft.load_adapter.   peft: by PeftModel.from_pretrained; None where PEFT has no
+    such method, or with --no-compare.   scale: largest |logit|, to read the differences by.
+    """
+
+    fastpeft: float
+    peft: float | None
+    scale: float
+
+
+@dataclass
+class ArmResult:
+    """One arm over all seeds. saved_bytes: kept for backward by one step.   memory: bytes, of
+    fastpeft.job.memory.
+
+    losses, seconds: [seed][step].   scores: [seed][epochs done].
+    """
+
+    name: str
+    title: str
+    note: str
+    trainable: int
+    parameters: int
+    saved_bytes: int
+    memory: dict[str, int] = field(default_factory=dict)
+    losses: list[list[float]] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)
+    scores: list[list[Score]] = field(default_factory=list)
+
+    def add(self, losses: list[float], seconds: list[float], scores: list[Score]) -> None:
+        """Add one seed."""
+        self.losses.append(losses)
+        self.seconds.append(seconds)
+        self.scores.append(scores)
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Step times of all seeds, each seed's warm-up left out."""
+        return [s for seed in self.seconds for s in (seed[measure.WARM_UP_STEPS :] or seed)]
+
+    def metric(self, epoch: int) -> list[float]:
+        """Accuracy (perplexity for language modelling) of each seed; epoch 0 is before training, -1 the
+        last."""
+        found = [seed[epoch] for seed in self.scores]
+        return [s.perplexity if s.accuracy is None else s.accuracy for s in found]
+
+
+@dataclass
+class Outcome:
+    """All that a report says. measured_batch: [rows, tokens] of the batch behind bytes saved and peak
+    memory."""
+
+    settings: Settings
+    model: dict[str, Any]
+    data: dict[str, Any]
+    measured_batch: list[int]
+    arms: list[ArmResult]
+    reload: Reload
+    seconds: float
+
+    @property
+    def metric(self) -> str:
+        return "perplexity" if self.data["classes"] is None else "accuracy"
+
+    def arm(self, name: str) -> ArmResult | None:
+        return next((a for a in self.arms if a.name == name), None)
+
+
+def comparison(outcome: Outcome) -> list[float] | None:
+    """fastpeft minus PEFT in the metric, seed by seed; None without PEFT."""
+    ours, theirs = outcome.arm(FASTPEFT), outcome.arm(PEFT)
+    if ours is None or theirs is None:
+        return None
+    return [a - b for a, b in zip(ours.metric(-1), theirs.metric(-1), strict=True)]
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """The report as plain data; times in seconds, memory in bytes, a perplexity that is not finite as
+    null."""
+    peft = outcome.arm(PEFT)
+    arms = []
+    for a in outcome.arms:
+        mean, spread = measure.mean_and_spread(a.metric(-1))
+        before = measure.mean_and_spread(a.metric(0))[0]
+        row = {
+            "name": a.name,
+            "title": a.title,
+            "note": a.note,
+            "trainable_parameters": a.trainable,
+            "all_parameters": a.parameters,
+            "step_seconds_median": statistics.median(a.step_seconds),
+            "step_ratio_to_peft": ratio_to(a, peft),
+            "saved_bytes": a.saved_bytes,
+            "peak_bytes": a.memory["peak"],
+            "loaded_bytes": a.memory["loaded"],
+            "cuda_peak_bytes": a.memory["cuda_peak"],
+            f"{outcome.metric}_before": _finite(before),
+            f"{outcome.metric}_after": _finite(mean),
+            f"{outcome.metric}_spread": spread if spread is None else _finite(spread),
+            f"{outcome.metric}_per_seed": [
+                [_finite(a.metric(e)[k]) for e in range(len(s))] for k, s in enumerate(a.scores)
+            ],
+            "evaluation_loss_per_seed": [[s.loss for s in seed] for seed in a.scores],
+            "losses": a.losses,
+            "step_seconds": a.seconds,
+        }
+        arms.append(row)
+    return {
+        "settings": outcome.settings.as_dict(),
+        "model": outcome.model,
+        "data": outcome.data,
+        "metric": outcome.metric,
+        "measured_batch": outcome.measured_batch,
+        "arms": arms,
+        "reload": asdict(outcome.reload),
+        "wall_seconds": outcome.seconds,
+        "versions": versions(),
+        "machine": {
+            "system": platform.platform(),
+            "threads": outcome.settings.thread_count,
+            "device": outcome.settings.torch_device,
+        },
+    }
+
+
+def versions() -> dict[str, str]:
+    from fastpeft import __version__
+
+    found = {"python": platform.python_version(), "fastpeft": __version__}
+    for name in _VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def ratio_to(a: ArmResult, base: ArmResult | None) -> float | None:
+    if base is None:
+        return None
+    pairs = [measure.median_ratio(s, b) for s, b in zip(a.seconds, base.seconds, strict=True)]
+    return measure.mean_and_spread(pairs)[0]
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

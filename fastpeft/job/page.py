@@ -1,0 +1,141 @@
+"""report.md, and the same table for a terminal."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from fastpeft.job import measure
+from fastpeft.job.arms import PEFT
+from fastpeft.job.outcome import Outcome, comparison, ratio_to, versions
+
+MIB = 1 << 20
+
+
+def table(outcome: Outcome) -> list[list[str]]:
+    """The side-by-side table, header first."""
+    peft = outcome.arm(PEFT)
+    cuda = outcome.settings.torch_device.startswith("cuda")
+    rows = [
+        [
+            "arm",
+            "step time (median)",
+            *(["of PEFT's"] if peft else []),
+            "saved for backward",
+            "peak memory (own process)",
+            *(["peak on the device"] if cuda else []),
+            "trainable",
+            f"{outcome.metric} before",
+            f"{outcome.metric} after",
+        ]
+    ]
+    for a in outcome.arms:
+        mean, spread = measure.mean_and_spread(a.metric(-1))
+        ratio = ratio_to(a, peft)
+        rows.append(
+            [
+                a.title,
+                f"{1000 * statistics.median(a.step_seconds):.1f} ms",
+                *([] if ratio is None else [f"{ratio:.2f}"]),
+                f"{a.saved_bytes / MIB:.1f} MiB",
+                f"{a.memory['peak'] / MIB:.0f} MiB",
+                *([f"{a.memory['cuda_peak'] / MIB:.0f} MiB"] if cuda else []),
+                f"{a.trainable:,d}",
+                f"{measure.mean_and_spread(a.metric(0))[0]:.3f}",
+                f"{mean:.3f}" + (f" ± {spread:.3f}" if spread is not None else ""),
+            ]
+        )
+    return rows
+
+
+def as_text(outcome: Outcome) -> str:
+    """The table with aligned columns, for a terminal."""
+    rows = table(outcome)
+    widths = [max(len(r[k]) for r in rows) for k in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def as_markdown(outcome: Outcome) -> str:
+    """The whole report.md."""
+    s = outcome.settings
+    header, *body = table(outcome)
+    grid = [f"| {' | '.join(r)} |" for r in [header, ["---"] * len(header), *body]]
+    parts = [
+        f"# {s.method} on {outcome.model['name']}",
+        "\n".join(_job(outcome)),
+        "\n".join(grid),
+        "\n".join(f"- **{a.title}**: {a.note}." for a in outcome.arms),
+        "\n".join(_reading(outcome)),
+        "![loss](loss.png)\n\n![memory](memory.png)",
+        "## What the columns are\n\n" + "\n".join(_columns(outcome)),
+        "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _job(outcome: Outcome) -> list[str]:
+    s, data = outcome.settings, outcome.data
+    options = ", ".join(f"{k}={v}" for k, v in s.options.items()) or "the method's defaults"
+    targets = s.target_modules if isinstance(s.target_modules, str) else ", ".join(s.target_modules)
+    lines = [
+        f"- Data: {data['description']}; {data['train']} examples to learn from, {data['evaluation']} to "
+        "evaluate on.",
+        f"- Method: {s.method}, {options}; targets {targets}.",
+        f"- Training: {s.epochs} epochs, batch {s.batch_size}, at most {s.max_length} tokens, AdamW at "
+        f"{s.lr:g} with warm-up, "
+        f"seeds {', '.join(map(str, s.seeds))}, {s.dtype}, {s.torch_device}, {s.thread_count} threads; "
+        f"{outcome.seconds:.0f} s in all.",
+    ]
+    if outcome.model["sha256"]:
+        lines.append(f"- Weights: sha256 `{outcome.model['sha256']}`.")
+    return lines
+
+
+def _reading(outcome: Outcome) -> list[str]:
+    """What the table means, in sentences that hold whatever the numbers are."""
+    data, n = outcome.data, outcome.data["evaluation"]
+    lines = []
+    if data["majority_accuracy"] is not None:
+        after = measure.mean_and_spread(outcome.arms[-1].metric(-1))[0]
+        lines.append(
+            f"- Always answering the most frequent class scores {data['majority_accuracy']:.3f}. With {n} "
+            "evaluation examples "
+            f"one standard error of an accuracy of {after:.3f} is {math.sqrt(after * (1 - after) / n):.3f}."
+        )
+    differences = comparison(outcome)
+    if differences is not None:
+        mean, spread = measure.mean_and_spread(differences)
+        each = ", ".join(f"{d:+.3f}" for d in differences)
+        over = f" (standard deviation {spread:.3f}; per seed {each})" if spread is not None else ""
+        lines.append(f"- fastpeft minus PEFT in {outcome.metric}: {mean:+.3f}{over}.")
+    r = outcome.reload
+    through = "" if r.peft is None else f", and of {r.peft:.1e} when stock PEFT loads it"
+    lines.append(
+        f"- The adapter of seed {outcome.settings.seeds[0]} is in `adapter/`. In a fresh model its logits "
+        "have a largest "
+        f"difference of {r.fastpeft:.1e} from the trained model's{through} (largest logit {r.scale:.2f})."
+    )
+    return lines
+
+
+def _columns(outcome: Outcome) -> list[str]:
+    rows, tokens = outcome.measured_batch
+    lines = [
+        "- Step time: forward, backward, clipping and optimiser step of one batch; the arms take turns "
+        "within each step, in "
+        f"random order, in one process; the first {measure.WARM_UP_STEPS} steps of a seed are left out.",
+        "- Saved for backward: distinct storages that autograd keeps in one training forward of the batch "
+        f"of {rows} x {tokens} "
+        "tokens that is largest; parameters, buffers and the batch itself are not counted.",
+        "- Peak memory: highest resident size of a fresh process that runs a few steps of that arm on that "
+        "batch; it contains "
+        "the interpreter, the libraries, the model, the adapter, gradients, optimiser state and activations.",
+        f"- {outcome.metric.capitalize()} before: with the adapter attached and nothing trained. After: the "
+        "last epoch"
+        + (", mean ± standard deviation over the seeds." if len(outcome.settings.seeds) > 1 else "."),
+    ]
+    if outcome.arm(PEFT) is not None:
+        lines.insert(
+            1, "- \"Of PEFT's\": median over steps of the ratio to the PEFT arm's time in the same step."
+        )
+    return lines

@@ -1,0 +1,132 @@
+"""What a user can ask of `fastpeft finetune`, checked before any long work."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+from fastpeft.job.errors import JobError, require
+
+CLASSIFICATION = "classification"
+CAUSAL_LM = "causal-lm"
+TASKS = (CLASSIFICATION, CAUSAL_LM)
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """model: name or folder, None for the carried encoder.   data: source, None for the built-in docstrings.
+
+    options: the method's own; what is missing takes the method's default.   threads: None for every core
+    given to us.
+    device: None for CUDA where there is one, else the CPU.   quick: one epoch on few examples, to see that
+    everything works.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    eval_data: str | None = None
+    task: str = CLASSIFICATION
+    text_column: str = "text"
+    label_column: str = "label"
+    method: str = "lora"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    target_modules: str | tuple[str, ...] = "all-linear"
+    epochs: int = 3
+    batch_size: int = 16
+    max_length: int = 48
+    lr: float = 2e-3
+    weight_decay: float = 0.0
+    warmup: float = 0.1
+    clip: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+    split_seed: int = 0
+    eval_share: float = 0.2
+    output: str = "fastpeft-finetune"
+    threads: int | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    compare: bool = True
+    quick: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check(self) -> None:
+        """Raise JobError for a value out of range, an output folder that cannot be written, a method that
+        does not exist."""
+        for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size)):
+            if value < 1:
+                raise JobError(f"finetune: --{name} {value}; it must be at least 1.")
+        if self.max_length < 4:
+            raise JobError(f"finetune: --max-length {self.max_length}; it must be at least 4 tokens.")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise JobError(f"finetune: --lr {self.lr}; it must be a finite number above 0.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise JobError(
+                f"finetune: --seeds {list(self.seeds)}; give different whole numbers of at least 0."
+            )
+        if self.threads is not None and self.threads < 1:
+            raise JobError(f"finetune: --threads {self.threads}; it must be at least 1.")
+        if self.task == CAUSAL_LM and self.model is None:
+            raise JobError(
+                "finetune: --task causal-lm needs --model: the carried model is an encoder, which cannot do "
+                "it."
+            )
+        if self.eval_data is not None and self.data is None:
+            raise JobError(
+                "finetune: --eval-data without --data; the built-in data set brings its own split."
+            )
+        require("this command", "transformers", "tqdm", "matplotlib")
+        if self.compare:
+            require("the comparison (--no-compare leaves it out)", "peft")
+        self._check_device()
+        self._check_method()
+        self._check_output()
+
+    def _check_device(self) -> None:
+        import torch
+
+        try:
+            torch.empty(1, device=self.device or "cpu")
+        except (RuntimeError, AssertionError) as e:
+            # AssertionError: what torch raises for "cuda" in a build without CUDA
+            raise JobError(f"finetune: --device {self.device}: {str(e).splitlines()[0]}") from None
+
+    def _check_method(self) -> None:
+        from fastpeft.registry import check_options, get_recipe
+
+        try:
+            get_recipe(self.method)
+            check_options([self.method], self.options)
+        except ValueError as e:
+            raise JobError(str(e)) from None
+
+    def _check_output(self) -> None:
+        folder = Path(self.output)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
+        except OSError as e:
+            raise JobError(
+                f"finetune: --output {self.output}: cannot write there ({e.strerror or e})."
+            ) from None
+
+    @property
+    def thread_count(self) -> int:
+        """--threads, or the number of cores that this process may use."""
+        if self.threads is not None:
+            return self.threads
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    @property
+    def torch_device(self) -> str:
+        import torch
+
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,99 @@
+"""Small checks of the core against the papers: real tests run them, and test_faults proves that each can fail."""
+
+from __future__ import annotations
+
+import papers
+import torch
+from tolerance import assert_fp64
+from torch import nn
+
+import fastpeft
+from fastpeft.ops.dropout import draw_seed
+from fastpeft.terms import LowRank
+
+DT = torch.float64
+
+
+def rand(*shape, grad=True):
+    return torch.randn(*shape, dtype=DT).requires_grad_(grad)
+
+
+def lora_gap(p=0.0):
+    """adapted_linear and the paper's LoRA on one problem: {name: (got, want)} of the output and the gradients."""
+    torch.manual_seed(1)
+    x, W, b = rand(3, 7, 12), rand(10, 12, grad=False), rand(10, grad=False)
+    A, B, s, seed = rand(4, 12), rand(10, 4), 1.7, torch.tensor(123456789)
+    mask = fastpeft.dropout_mask(seed, x.shape, p) if p else None
+    got = fastpeft.adapted_linear(x, W, b, [LowRank(A, B, s, dropout=p)], seed=seed)
+    want = papers.lora(x, W, b, A, B, s, mask)
+    d = torch.randn_like(want)
+    pairs = zip(torch.autograd.grad(got, (x, A, B), d), torch.autograd.grad(want, (x, A, B), d), strict=True)
+    return {"y": (got, want)} | dict(zip(("dx", "dA", "dB"), pairs, strict=True))
+
+
+def check_forward():
+    assert_fp64(*lora_gap()["y"], "y")
+
+
+def check_dx():
+    assert_fp64(*lora_gap()["dx"], "dx")
+
+
+def check_dA():
+    assert_fp64(*lora_gap()["dA"], "dA")
+
+
+def check_dB():
+    assert_fp64(*lora_gap()["dB"], "dB")
+
+
+def check_dropout():
+    for name, pair in lora_gap(p=0.4).items():
+        assert_fp64(*pair, f"{name} with dropout")
+
+
+def check_dora_after_fused_step():
+    """After AdamW(fused=True) moved A, B and m, the output is DoRA of the moved parameters."""
+    torch.manual_seed(2)
+    layer = fastpeft.AdaptedLinear(12, 10, method="dora", rank=3, alpha=6, dtype=DT)
+    dora = layer.adapter.dora
+    optimizer = torch.optim.AdamW(dora.parameters(), lr=0.1, fused=True)
+    x = rand(5, 12, grad=False)
+    for _ in range(3):
+        before = layer(x)
+        before.square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        after = layer(x)
+        assert not torch.equal(before, after), "the step changed nothing"
+        want = papers.dora(x, layer.weight, layer.bias, dora.A, dora.B, dora.m, 2.0)
+        assert_fp64(after, want, "y after a fused step")
+
+
+def perturb(model, size=0.3):
+    """Move every trainable parameter away from its start."""
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn_like(p))
+    return model
+
+
+def seed_after(number):
+    """The dropout seed that the first adapted layer draws after torch.manual_seed(number)."""
+    torch.manual_seed(number)
+    seed = draw_seed("cpu")
+    torch.manual_seed(number)
+    return seed
+
+
+class MLP(nn.Module):
+    """16 -> 32 -> 16 with a non-linearity between."""
+
+    def __init__(self, dtype=DT, bias=True):
+        super().__init__()
+        self.up = nn.Linear(16, 32, bias=bias, dtype=dtype)
+        self.down = nn.Linear(32, 16, bias=bias, dtype=dtype)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
