@@ -1,11 +1,13 @@
-"""Builds fastpeft._C with ninja and pybind11: CPU sources where a C++ compiler is, CUDA sources checked where nvcc is.
+"""Builds fastpeft._C with ninja and pybind11: CPU sources where a C++ compiler is, CUDA sources too where nvcc is.
 
-No torch is needed at build time. Without a compiler the package installs without the extension and says so.
+No torch is needed at build time. Without a C++ compiler the package installs without the extension and says so; a compiler
+that fails, fails the installation. $CXX and $NVCC name other compilers (NVCC= leaves CUDA out), $MAX_JOBS limits ninja.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,61 +17,85 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
-CPU_SOURCES = ("csrc/module.cpp", "csrc/dropout.cpp")
-CUDA_SOURCES = ("csrc/dropout.cu",)
+ROOT = Path(__file__).parent.resolve()
+CPU_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp"))
+CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cu"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
 CUDA_ARCHITECTURES = ("80", "90a", "100")
 
 
 def compiler() -> str | None:
-    """The C++ compiler: $CXX, else the first of c++, g++, clang++ on the path."""
+    """The C++ compiler: $CXX, which must exist then, else the first of c++, g++, clang++ on the path."""
     asked = os.environ.get("CXX")
-    return shutil.which(asked) if asked else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if not asked:
+        return next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if shutil.which(shlex.split(asked)[0]) is None:
+        raise SystemExit(f"fastpeft: CXX={asked} is not on the path; name a compiler that is, or unset CXX.")
+    return asked
 
 
 def nvcc() -> str | None:
-    """nvcc from $NVCC, the path, or $CUDA_HOME/bin."""
+    """nvcc from $NVCC (empty: none), the path, or $CUDA_HOME/bin."""
+    if "NVCC" in os.environ:
+        return shutil.which(os.environ["NVCC"])
     home = os.environ.get("CUDA_HOME")
-    return shutil.which(os.environ.get("NVCC", "nvcc")) or (shutil.which(f"{home}/bin/nvcc") if home else None)
+    return shutil.which("nvcc") or (shutil.which(f"{home}/bin/nvcc") if home else None)
+
+
+def architectures(cuda: str | None) -> list[str]:
+    """The wanted architectures that this nvcc knows: an older toolkit builds those it can."""
+    if cuda is None:
+        return []
+    known = subprocess.run([cuda, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [a for a in CUDA_ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
 
 
 def ninja_file(cxx: str, cuda: str | None, target: Path, build: Path) -> str:
-    """build.ninja for the extension; with nvcc the CUDA sources are compiled too (see README: built, not called yet)."""
+    """The text of build.ninja: the extension, with the CUDA sources linked in where nvcc knows a wanted architecture."""
     import pybind11
 
-    root = Path(__file__).parent.resolve()
-    includes = f"-I{pybind11.get_include()} -I{sysconfig.get_paths()['include']}"
-    version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    defines = " ".join(
-        f"-D{key}='\"{value}\"'"
-        for key, value in {
-            "FASTPEFT_COMPILER": version,
-            "FASTPEFT_CPU_SOURCES": " ".join(CPU_SOURCES),
-            "FASTPEFT_CUDA_SOURCES": " ".join(CUDA_SOURCES) if cuda else "",
-            "FASTPEFT_CUDA_ARCHS": " ".join(f"sm_{a}" for a in CUDA_ARCHITECTURES) if cuda else "",
-        }.items()
-    )
-    # no contraction: a fused multiply-add would round y += x * mask once where the torch path rounds twice
-    flags = f"-std=c++17 -O3 -ffp-contract=off -fPIC -fvisibility=hidden -pthread {includes}"
-    gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES)
-    lines = [
-        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {flags} {defines} -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared -pthread $in -o $out",
-    ]
-    objects, extra = [], []
-    for source in CPU_SOURCES:
-        objects.append(str(build / (Path(source).stem + ".o")))
-        lines.append(f"build {objects[-1]}: cxx {root / source}")
-    if cuda:
-        lines.append(f"rule nvcc\n  command = {cuda} -O3 -std=c++17 {gencode} -Xcompiler -fPIC -c $in -o $out")
+    archs = architectures(cuda)
+    version = subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True, check=True).stdout
+    facts = {
+        "FASTPEFT_COMPILER": version.splitlines()[0],
+        "FASTPEFT_CPU_SOURCES": " ".join(CPU_SOURCES),
+        "FASTPEFT_CUDA_SOURCES": " ".join(CUDA_SOURCES if archs else []),
+        "FASTPEFT_CUDA_ARCHS": " ".join(f"sm_{a}" for a in archs),
+    }
+    defines = " ".join(shlex.quote(f'-D{key}="{value}"') for key, value in facts.items())
+    includes = " ".join(shlex.quote(f"-I{p}") for p in (pybind11.get_include(), sysconfig.get_paths()["include"]))
+    # no contraction: a fused multiply-add would round y += x * mask once where the torch path rounds twice;
+    # nobody reads the floating-point exception flags; giving them up lets the fp16 loops vectorise (3.6 to 2.4 ns a number)
+    flags = "-std=c++17 -O3 -ffp-contract=off -fno-trapping-math -fPIC -fvisibility=hidden -pthread -Wall -Wextra"
+    link = f"{cxx} -shared -pthread -s"
+    lines, objects = [], []
+    if archs:
+        gencode = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs)
+        nvcc_flags = f"-O3 -std=c++17 -fmad=false -ccbin {shlex.quote(shlex.split(cxx)[0])} -Xcompiler -fPIC,-fvisibility=hidden"
+        lines.append(f"rule nvcc\n  command = {cuda} {nvcc_flags} {gencode} -MD -MF $out.d -c $in -o $out")
+        lines.append("  depfile = $out.d\n  deps = gcc")
         for source in CUDA_SOURCES:
-            extra.append(str(build / (Path(source).stem + ".cuda.o")))
-            lines.append(f"build {extra[-1]}: nvcc {root / source}")
-    lines.append(f"build {target}: link {' '.join(objects)}")
-    lines.append(f"default {target} {' '.join(extra)}")
+            objects.append(f"{source}.o")
+            lines.append(f"build {objects[-1]}: nvcc {_escape(ROOT / source)}")
+        flags += " -DFASTPEFT_CUDA"
+        link = f"{cuda} -shared -cudart static -ccbin {shlex.quote(shlex.split(cxx)[0])} -Xlinker -s"
+    lines.append(f"rule cxx\n  command = {cxx} -MMD -MF $out.d {flags} {includes} {defines} -c $in -o $out")
+    lines.append("  depfile = $out.d\n  deps = gcc")
+    for source in CPU_SOURCES:
+        objects.append(f"{source}.o")
+        lines.append(f"build {objects[-1]}: cxx {_escape(ROOT / source)}")
+    lines.append(f"rule link\n  command = {link} $in -o $out")
+    lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"
 
 
+def _escape(path: Path) -> str:
+    return str(path).replace("$", "$$").replace(":", "$:").replace(" ", "$ ")
+
+
 class NinjaBuild(build_ext):
+    """build_ext that writes a build.ninja and runs it."""
+
     def build_extension(self, ext: Extension) -> None:
         cxx = compiler()
         if cxx is None:
@@ -82,18 +108,26 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (build / "build.ninja").write_text(ninja_file(cxx, nvcc(), target, build))
-        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True)
+        jobs = [f"-j{os.environ['MAX_JOBS']}"] if "MAX_JOBS" in os.environ else []
+        subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build), *jobs], check=True)
 
     def copy_extensions_to_source(self) -> None:
         if compiler() is not None:
             super().copy_extensions_to_source()
 
+    def get_outputs(self) -> list[str]:
+        return super().get_outputs() if compiler() is not None else []
+
 
 setup(
     # found by listing, so that a new sub-package needs no edit; the kernels stay at the top level because `triton_kernels`
     # is the import name of another project's package
-    packages=[*find_packages(include=["fastpeft", "fastpeft.*"]), "fastpeft.triton_kernels"],
+    packages=[
+        *find_packages(include=["fastpeft", "fastpeft.*"]),
+        "fastpeft.triton_kernels",
+        *(f"fastpeft.triton_kernels.{name}" for name in find_packages("triton_kernels")),
+    ],
     package_dir={"fastpeft.triton_kernels": "triton_kernels"},
-    ext_modules=[Extension("fastpeft._C", sources=list(CPU_SOURCES))],
+    ext_modules=[Extension("fastpeft._C", sources=[*CPU_SOURCES, *CUDA_SOURCES], depends=HEADERS)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from fastpeft.adapter import AdaptedLinear
+from fastpeft.checkpoint import CheckpointError, export_lora, load_adapter, save_adapter
 from fastpeft.linear import adapted_linear
 from fastpeft.ops.dropout import dropout_mask
 from fastpeft.registry import methods
@@ -18,13 +19,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedLinear",
+    "CheckpointError",
     "Report",
     "__version__",
     "adapt",
     "adapted_linear",
     "adapters_off",
     "dropout_mask",
+    "export_lora",
+    "load_adapter",
     "merge",
     "methods",
+    "save_adapter",
     "unload",
 ]

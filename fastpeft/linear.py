@@ -98,12 +98,15 @@ def _seam(x, base, bias, lows, gain, seed, dtype, autocast: tuple[str, torch.dty
         *tensors,
         None,
     )
-    n, probes = len(reads), {}
+    n = len(reads)
+    probes: dict[int, Tensor] = {}
     for k, read in enumerate(reads):
         if read.rows:
             probes[k] = us[n + len(probes)]
 
-    writes, pairs, extra = [], [], None
+    writes: list[Write] = []
+    pairs: list[Tensor] = []
+    extra = None
     for t, k in zip(lows, slots, strict=True):
         v = us[k] if t.mid is None else _middle(t, us[k], probes.get(k), x, dtype, autocast)
         if t.post is None:

@@ -104,7 +104,7 @@ def adapt(
     if not isinstance(method, (str, list, tuple)):
         from fastpeft.integrations.peft import from_config
 
-        name, settings, own = from_config(method)
+        name, settings, own = from_config(method, model)
         for key, value in asked.items():
             if value is not None:
                 raise ValueError(f"adapt: {key} was given beside a peft config, which holds it; set it in the config.")
@@ -124,7 +124,7 @@ def _adapt(
     bias: str | None,
     **options: Any,
 ) -> Report:
-    bias = bias or "none"
+    bias = "none" if bias is None else bias
     if bias not in _BIAS:
         raise ValueError(f"adapt: bias={bias!r}; it must be one of {', '.join(_BIAS)}.")
     _refuse_second(model)
@@ -132,7 +132,8 @@ def _adapt(
     record = Adaptation([r.name for r in found], options, dict(rank_pattern or {}), dict(alpha_pattern or {}), bias)
     saved = _saved_modules(model, modules_to_save)
     report = Report(saved_modules=list(saved))
-    modules = _sites(model, "all-linear" if target_modules is None else target_modules, exclude_modules, saved, report, record.methods)
+    targets = "all-linear" if target_modules is None else target_modules
+    modules = _sites(model, targets, exclude_modules, saved, report)
 
     adapters: dict[str, Adapter] = {}
     for name, module in modules.items():
@@ -183,7 +184,6 @@ def _sites(
     exclude_modules: Targets | None,
     saved: Mapping[str, nn.Module],
     report: Report,
-    methods: list[str],
 ) -> dict[str, nn.Module]:
     """The layers to adapt; what is left alone goes into the report with its reason."""
     found, named = select(model, target_modules)
@@ -243,7 +243,8 @@ def _attach(model: nn.Module, record: Adaptation, adapters: Mapping[str, Adapter
         owner = next(n for n, m in model.named_modules() if m is module)
         record.attributes.append((owner, attribute, getattr(module, attribute)))
         setattr(module, attribute, value)
-    if getattr(model, "is_gradient_checkpointing", False) and hasattr(model, "enable_input_require_grads"):
+    checkpointing = "is_activation_checkpointing" if hasattr(model, "is_activation_checkpointing") else "is_gradient_checkpointing"
+    if getattr(model, checkpointing, False) and hasattr(model, "enable_input_require_grads"):
         # reentrant checkpointing gives no gradient at all when no input of a block requires one (frozen embeddings)
         model.enable_input_require_grads()
         record.input_grads = True
@@ -335,7 +336,8 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             a.enabled = False
         for name, original in record.originals.items():
             live = next(modules[name].parameters(), None)
-            _place(model, name, original if live is None else original.to(live.device, live.dtype))
+            stand_in = original.train(modules[name].training)
+            _place(model, name, stand_in if live is None else stand_in.to(live.device, live.dtype))
         for name, value in record.biases.items():
             owner, _, leaf = name.rpartition(".")
             stand_in = value.to(biases[name].device, biases[name].dtype)

@@ -39,7 +39,7 @@ def agree(layer, x, want):
         assert_fp64(a, b, name)
 
 
-@pytest.mark.parametrize(("dropout", "rslora", "lora_bias"), itertools.product([0.0, 0.3], [False, True], [False, True]))
+@pytest.mark.parametrize(("dropout", "rslora", "lora_bias"), list(itertools.product([0.0, 0.3], [False, True], [False, True])))
 def test_lora(dropout, rslora, lora_bias):
     layer, m, x = built("lora", rank=RANK, dropout=dropout, rslora=rslora, lora_bias=lora_bias)
     s = ALPHA / math.sqrt(RANK) if rslora else ALPHA / RANK
@@ -47,7 +47,7 @@ def test_lora(dropout, rslora, lora_bias):
     agree(layer, x, lambda mask: papers.lora(x, layer.weight, layer.bias, m.A, m.B, s, mask) + extra)
 
 
-@pytest.mark.parametrize(("dropout", "grad"), itertools.product([0.0, 0.3], ["simple", "full"]))
+@pytest.mark.parametrize(("dropout", "grad"), list(itertools.product([0.0, 0.3], ["simple", "full"])))
 def test_dora(dropout, grad):
     layer, m, x = built("dora", rank=RANK, dropout=dropout, grad=grad)
     formula = lambda mask: papers.dora(x, layer.weight, layer.bias, m.A, m.B, m.m, ALPHA / RANK, mask, grad == "full")  # noqa: E731
@@ -69,7 +69,7 @@ def test_dora_that_drops_only_what_a_reads(grad):
     agree(layer, x, formula)
 
 
-@pytest.mark.parametrize(("dropout", "n"), itertools.product([0.0, 0.3], [1, 2, 4]))
+@pytest.mark.parametrize(("dropout", "n"), list(itertools.product([0.0, 0.3], [1, 2, 4])))
 def test_melora(dropout, n):
     layer, m, x = built("melora", rank=2, n=n, dropout=dropout)
     A, B = (m.A[0], m.B[0]) if n == 1 else (m.A, m.B)

@@ -6,7 +6,7 @@ import checks
 import papers
 import pytest
 import torch
-from checks import DT, rand
+from checks import rand
 from tolerance import assert_as_good, assert_fp64
 
 import fastpeft

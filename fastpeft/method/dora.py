@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def magnitude_gain(m: Tensor, sq_norm: Tensor) -> Tensor:
 
 @method("dora", paper="arXiv 2402.09353")
 class DoRA(Method):
-    ROLES = {"A": "down", "B": "up", "m": "gain"}
+    ROLES: ClassVar = {"A": "down", "B": "up", "m": "gain"}
     PEFT = PeftFormat(
         "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}, peft_dora
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -39,7 +39,7 @@ def peft_lora(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @method("lora", paper="arXiv 2106.09685")
 class LoRA(Method):
-    ROLES = {"A": "down", "B": "up", "bias": "bias"}
+    ROLES: ClassVar = {"A": "down", "B": "up", "bias": "bias"}
     PEFT = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}, peft_lora)
 
     def __init__(

@@ -9,7 +9,7 @@ Paper: arXiv 2402.17263.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from fastpeft.registry import Method, Site, check_finite, check_probability, check_rank, method
 from fastpeft.terms import LowRank, Term
@@ -17,7 +17,7 @@ from fastpeft.terms import LowRank, Term
 
 @method("melora", paper="arXiv 2402.17263")
 class MELoRA(Method):
-    ROLES = {"A": "down", "B": "up"}
+    ROLES: ClassVar = {"A": "down", "B": "up"}
 
     def __init__(self, site: Site, *, rank: int = 4, alpha: float = 8, dropout: float = 0.0, n: int = 2):
         super().__init__()

@@ -35,7 +35,7 @@ def up_add(z: Tensor, v: Tensor, B: Tensor, scale: float, blocks: int) -> None:
     if blocks == 1:
         z.addmm_(v, b.T, alpha=scale)
         return
-    n, o, r = b.shape
+    _, o, r = b.shape
     for k in range(blocks):
         z[:, k * o : (k + 1) * o].addmm_(v[:, k * r : (k + 1) * r], b[k].T, alpha=scale)
 
@@ -97,14 +97,14 @@ def _rank(A: Tensor, blocks: int) -> int:
 def _down(x: Tensor, a: Tensor, blocks: int) -> Tensor:
     if blocks == 1:
         return x @ a.T
-    n, r, i = a.shape
+    n, _, i = a.shape
     return torch.cat([x[:, k * i : (k + 1) * i] @ a[k].T for k in range(n)], dim=1)
 
 
 def _up_dx(du: Tensor, a: Tensor, blocks: int) -> Tensor:
     if blocks == 1:
         return du @ a
-    n, r, i = a.shape
+    n, r, _ = a.shape
     return torch.cat([du[:, k * r : (k + 1) * r] @ a[k] for k in range(n)], dim=1)
 
 

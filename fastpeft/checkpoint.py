@@ -1,0 +1,359 @@
+"""save_adapter, load_adapter, export_lora: adapter_config.json + adapter_model.safetensors, in PEFT's layout where PEFT has the method.
+
+A save is whole or absent: both files are written beside the old ones and synced, then the weights are renamed, then the
+config. The weights carry their config in the header, so an interruption between the two renames is seen and completed by
+load_adapter. Loading checks everything before the model keeps anything.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.adapter import is_conv1d, weight_of
+from fastpeft.base import Plain
+from fastpeft.registry import get_recipe
+from fastpeft.report import Report
+from fastpeft.swap import Adaptation, adapt, adaptation, unload
+from fastpeft.targets import matches, output_head
+from fastpeft.terms import Bias, LowRank, refuse_tokenwise
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LIBRARY = "fastpeft"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read or does not belong to the model. The model is as it was."""
+
+
+def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters, trained modules and trained biases of an adapted model into `folder` (made if absent).
+
+    lora and dora are written in PEFT's own layout and load in stock PEFT. ValueError if the model is not adapted, OSError
+    if the folder cannot be written; the folder then still holds the checkpoint it held before.
+    """
+    record = adaptation(model, "save_adapter")
+    tensors = {key: tensor.detach() for key, tensor in _state(model, record).items()}
+    meta = {"methods": record.methods, "options": record.options}
+    _write(Path(folder), tensors, _config(model, record), meta)
+
+
+def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
+    """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA) into `model`; returns the Report.
+
+    A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes.
+    16-bit factors are widened to the adapter's fp32 without loss.
+    Raises FileNotFoundError for a missing file, CheckpointError for anything that is wrong with it (truncated, missing,
+    unexpected, misshapen, not finite, other dtype, other method, pickle); the model is then as it was before.
+    """
+    config, tensors, meta = _read(Path(folder))
+    methods, settings, options = _plan(model, config, meta, folder)
+    fresh = model.__dict__.get("_fastpeft_adaptation") is None
+    report = Report()
+    if fresh:
+        with torch.random.fork_rng():
+            try:
+                report = adapt(model, methods, **settings, **options)
+            except (ValueError, TypeError) as e:
+                raise CheckpointError(f"load_adapter: {folder} does not fit this model: {e}") from e
+    try:
+        record = adaptation(model, "load_adapter")
+        if not fresh:
+            _check_same(record, methods, settings, options, folder)
+        live = _state(model, record)
+        _check(live, tensors, folder)
+    except ValueError:
+        if fresh:
+            unload(model)
+        raise
+    with torch.no_grad():
+        for key, tensor in live.items():
+            tensor.copy_(tensors[key])
+    return report.count(model)
+
+
+def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters as a plain PEFT LoRA (scale 1, scales folded into B), wherever low-rank terms are all there is.
+
+    Block-diagonal factors are expanded, several terms at a layer are concatenated by rank.
+    Raises ValueError, writing nothing, for a gain or a token-dependent part: no plain LoRA equals those.
+    """
+    record = adaptation(model, "export_lora")
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    biased = []
+    for site in record.sites:
+        A, B, bias = _plain_lora(model.get_submodule(site), site)
+        ranks[site] = A.shape[0]
+        tensors[_key(site, "lora_A.weight")], tensors[_key(site, "lora_B.weight")] = A, B
+        if bias is not None:
+            biased.append(site)
+            tensors[_key(site, "lora_B.bias")] = bias
+    if biased and len(biased) != len(record.sites):
+        raise ValueError("export_lora: only some layers have an adapter bias; PEFT's lora_bias is all or none.")
+    rest = {k: v.detach() for k, v in _beside(model, record).items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    pattern = {f"^{re.escape(s)}$": r for s, r in ranks.items() if r != common}
+    plain = {"rank": common, "alpha": common, "dropout": 0.0, "rslora": False, "lora_bias": bool(biased)}
+    config = _peft_config(model, record, get_recipe("lora").cls.PEFT.config(plain))
+    config |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    _write(Path(folder), tensors | rest, config, {"methods": ["lora"], "options": plain})
+
+
+def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    training = module.adapter.training
+    try:
+        with torch.no_grad():
+            terms = module.adapter.eval().terms(Plain(weight_of(module)))
+    finally:
+        module.adapter.train(training)
+    refuse_tokenwise(terms, "export_lora")
+    As, Bs, bias = [], [], None
+    for term in terms:
+        if isinstance(term, LowRank):
+            one = term.blocks == 1
+            As.append(term.A if one else torch.block_diag(*term.A))
+            Bs.append((term.B if one else torch.block_diag(*term.B)) * term.scale)
+        elif isinstance(term, Bias):
+            bias = term.b if bias is None else bias + term.b
+        else:
+            raise ValueError(
+                f"export_lora: {site!r} has a {type(term).__name__} term, which no plain LoRA can express; "
+                "save_adapter keeps it, merge folds it into the weight."
+            )
+    return torch.cat(As).detach(), torch.cat(Bs, 1).detach(), None if bias is None else bias.detach()
+
+
+def _key(path: str, leaf: str) -> str:
+    return f"{_PREFIX}{path}.{leaf}" if path else f"{_PREFIX}{leaf}"
+
+
+def _state(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
+    """File key -> live tensor of everything that the checkpoint holds."""
+    state: dict[str, Tensor] = {}
+    for site in record.sites:
+        for name, method in model.get_submodule(site).adapter.named_children():
+            names = _peft_format(record)
+            for leaf, tensor in method.state_dict(keep_vars=True).items():
+                state[_key(site, names[leaf] if names else f"adapter.{name}.{leaf}")] = tensor
+    return state | _beside(model, record)
+
+
+def _beside(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
+    """Trained modules and biases, under PEFT's keys (an adapted layer's own bias is its base_layer's there)."""
+    state = {}
+    for name in record.originals:
+        for leaf, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
+            state[_key(name, leaf)] = tensor
+    for name in record.biases:
+        path = name.rpartition(".")[0]
+        state[_key(path, "base_layer.bias" if path in record.sites else "bias")] = model.get_parameter(name)
+    return state
+
+
+def _peft_format(record: Adaptation) -> Mapping[str, str] | None:
+    """Parameter name -> PEFT key, where the checkpoint is in PEFT's layout."""
+    own = get_recipe(record.methods[0]).cls.PEFT
+    return own.keys if own is not None and len(record.methods) == 1 else None
+
+
+def _config(model: nn.Module, record: Adaptation) -> dict[str, Any]:
+    if _peft_format(record):
+        recipe = get_recipe(record.methods[0])
+        return _peft_config(model, record, recipe.cls.PEFT.config(recipe.options | record.options))
+    return {
+        "peft_type": record.methods[0].upper() if len(record.methods) == 1 else _LIBRARY.upper(),
+        "library": _LIBRARY,
+        "methods": record.methods,
+        "options": record.options,
+        "rank_pattern": record.rank_pattern,
+        "alpha_pattern": record.alpha_pattern,
+        "bias": record.bias,
+        "target_modules": _targets(model, record),
+        "modules_to_save": sorted(record.originals) or None,
+    }
+
+
+def _peft_config(model: nn.Module, record: Adaptation, own: dict[str, Any]) -> dict[str, Any]:
+    return dict(sorted({
+        "peft_type": "LORA",
+        "task_type": _task(model, record),
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(s)) for s in record.sites),
+        "target_modules": _targets(model, record),
+        "modules_to_save": sorted(record.originals) or None,
+        "rank_pattern": record.rank_pattern,
+        "alpha_pattern": record.alpha_pattern,
+        "bias": record.bias,
+        **own,
+    }.items()))  # fmt: skip
+
+
+def _task(model: nn.Module, record: Adaptation) -> str | None:
+    kind = type(model).__name__
+    if "ForSequenceClassification" in kind and output_head(model) in record.originals:
+        return "SEQ_CLS"  # PEFT then expects the head in the file
+    return "CAUSAL_LM" if kind.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+def _targets(model: nn.Module, record: Adaptation) -> list[str] | str:
+    """Full names; an anchored regex where a full name is also the dotted suffix of some other module."""
+    names = [n for n, _ in model.named_modules() if n not in record.sites]
+    if any(n.endswith("." + s) for n in names for s in record.sites):
+        return f"^(?:{'|'.join(map(re.escape, record.sites))})$"
+    return sorted(record.sites)
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    from safetensors.torch import save
+
+    text = json.dumps(config, indent=2) + "\n"
+    header = {"format": "pt", _LIBRARY: json.dumps(dict(meta)), "adapter_config": text}
+    data = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, header)
+    folder.mkdir(parents=True, exist_ok=True)
+    pending = {WEIGHTS: _pending(folder, WEIGHTS), CONFIG: _pending(folder, CONFIG)}
+    try:
+        _sync_write(pending[CONFIG], text.encode())
+        _sync_write(pending[WEIGHTS], data)
+    except BaseException:
+        for path in pending.values():
+            path.unlink(missing_ok=True)
+        raise
+    for name in (WEIGHTS, CONFIG):  # the weights' rename is the moment at which the new checkpoint exists
+        os.replace(pending[name], folder / name)
+
+
+def _pending(folder: Path, name: str) -> Path:
+    return folder / f".{name}.pending"
+
+
+def _sync_write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Config, tensors, and fastpeft's own notes ({} in a file that PEFT wrote)."""
+    from safetensors import SafetensorError, safe_open
+
+    weights, config = folder / WEIGHTS, folder / CONFIG
+    if not weights.is_file():
+        pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+        if pickles:
+            raise CheckpointError(
+                f"load_adapter: {folder} holds {pickles[0]} (pickle), which is never read; convert it once with PEFT: "
+                f"PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(new_folder)."
+            )
+        raise FileNotFoundError(f"load_adapter: {weights} does not exist; give the folder that holds {CONFIG} and {WEIGHTS}.")
+    try:
+        with safe_open(str(weights), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise CheckpointError(f"load_adapter: {weights} is no readable safetensors file (truncated or damaged): {e}") from e
+    return _read_config(folder, config, header.get("adapter_config")), tensors, json.loads(header.get(_LIBRARY, "{}"))
+
+
+def _read_config(folder: Path, path: Path, embedded: str | None) -> dict[str, Any]:
+    text = path.read_text() if path.is_file() else None
+    pending = _pending(folder, CONFIG)
+    if embedded is not None and text != embedded and pending.is_file() and pending.read_text() == embedded:
+        text = embedded  # a save was interrupted between its two renames: the new weights are in place, so is their config
+    if text is None:
+        raise FileNotFoundError(f"load_adapter: {path} does not exist; an adapter folder holds {CONFIG} and {WEIGHTS}.")
+    try:
+        config = json.loads(text)
+    except ValueError as e:
+        raise CheckpointError(f"load_adapter: {path} is no JSON: {e}") from e
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise CheckpointError(f"load_adapter: {path} has no peft_type; it must be an object as PEFT or fastpeft writes it.")
+    if embedded is not None and config != json.loads(embedded):
+        was = json.loads(embedded)
+        changed = {k: (was.get(k), config.get(k)) for k in {*was, *config} if was.get(k) != config.get(k)}
+        raise CheckpointError(
+            f"load_adapter: {path} is not the config that {WEIGHTS} was saved with; differing (saved, now): {changed}. "
+            "Restore those values; the saved config is in the weights' header under 'adapter_config'."
+        )
+    return config
+
+
+def _plan(
+    model: nn.Module, config: Mapping[str, Any], meta: Mapping[str, Any], folder: Any
+) -> tuple[str | list[str], dict[str, Any], dict[str, Any]]:
+    """Methods, adapt's settings and options that a config asks for."""
+    from fastpeft.integrations.peft import from_dict
+
+    try:
+        if config.get("library") == _LIBRARY:
+            keys = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
+            for name in config["methods"]:
+                get_recipe(name)
+            return list(config["methods"]), {k: config.get(k) for k in keys}, dict(config["options"])
+        name, settings, options = from_dict(config, model)
+        extra = {k: v for k, v in meta.get("options", {}).items() if meta.get("methods") == [name]}
+        return [name], settings, extra | options
+    except (ValueError, KeyError, TypeError) as e:
+        raise CheckpointError(f"load_adapter: the config in {folder} cannot be used: {e}") from e
+
+
+def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], options: Mapping[str, Any], folder: Any) -> None:
+    if record.methods != list(methods):
+        raise CheckpointError(f"load_adapter: {folder} holds {methods}, but the model was adapted with {record.methods}.")
+    defaults: dict[str, Any] = {}
+    for name in record.methods:
+        defaults |= get_recipe(name).options
+    mine, theirs = defaults | record.options, defaults | dict(options)
+    wrong = {k: (theirs[k], mine[k]) for k in mine if k != "dropout" and mine[k] != theirs.get(k)}
+    for key in ("rank_pattern", "alpha_pattern"):
+        if (settings.get(key) or {}) != getattr(record, key):
+            wrong[key] = (settings.get(key), getattr(record, key))
+    targets = settings["target_modules"]
+    if targets != "all-linear" and any(not matches(site, targets or ()) for site in record.sites):
+        wrong["target_modules"] = (targets, record.sites)
+    if wrong:
+        raise CheckpointError(f"load_adapter: {folder} was made with other options (file, model): {wrong}.")
+
+
+def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Any) -> None:
+    """Raise CheckpointError unless the file holds exactly the model's tensors, in shape, in a dtype that fits, and finite."""
+    problems = []
+    missing, unexpected = sorted(live.keys() - tensors.keys()), sorted(tensors.keys() - live.keys())
+    if missing:
+        problems.append(f"{len(missing)} missing: {_some(missing)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
+    both = [k for k in live if k in tensors]
+    shapes = [f"{k} is {tuple(tensors[k].shape)}, needed {tuple(live[k].shape)}" for k in both if tensors[k].shape != live[k].shape]
+    dtypes = [f"{k} is {tensors[k].dtype}, needed {live[k].dtype}" for k in both if not _fits(tensors[k], live[k])]
+    broken = [k for k in both if tensors[k].dtype.is_floating_point and not bool(tensors[k].isfinite().all())]
+    kinds = {tensors[k].dtype for k in both if re.search(r"\.(lora_|adapter\.)", k)}
+    if len(kinds) > 1:
+        dtypes.append(f"the adapter's tensors have several dtypes: {sorted(map(str, kinds))}")
+    for what, found in (("wrong shape", shapes), ("wrong dtype", dtypes), ("NaN or Inf", broken)):
+        if found:
+            problems.append(f"{what}: {_some(found)}")
+    if problems:
+        raise CheckpointError(f"load_adapter: {folder} does not belong to this model: {'; '.join(problems)}.")
+
+
+def _fits(came: Tensor, needed: Tensor) -> bool:
+    """Equal dtypes, or a floating dtype that widens without loss."""
+    if came.dtype == needed.dtype:
+        return True
+    both_float = came.dtype.is_floating_point and needed.dtype.is_floating_point
+    return both_float and torch.promote_types(came.dtype, needed.dtype) == needed.dtype
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
