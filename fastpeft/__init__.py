@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from fastpeft.adapter import AdaptedLinear
-from fastpeft.checkpoint import CheckpointError, export_lora, load_adapter, save_adapter
+from fastpeft.checkpoint import CheckpointError, load_adapter, save_adapter
+from fastpeft.export import export_lora
 from fastpeft.linear import adapted_linear
 from fastpeft.ops.dropout import dropout_mask
 from fastpeft.registry import methods

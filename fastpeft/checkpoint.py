@@ -1,4 +1,4 @@
-"""save_adapter, load_adapter, export_lora: adapter_config.json + adapter_model.safetensors, in PEFT's layout where PEFT has the method.
+"""save_adapter and load_adapter: adapter_config.json + adapter_model.safetensors, in PEFT's layout where PEFT has the method.
 
 A save is whole or absent: both files are written beside the old ones and synced, then the weights are renamed, then the
 config. The weights carry their config in the header, so an interruption between the two renames is seen and completed by
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.adapter import is_conv1d, weight_of
-from fastpeft.base import Plain
+from fastpeft.adapter import is_conv1d
 from fastpeft.registry import get_recipe
 from fastpeft.report import Report
 from fastpeft.swap import Adaptation, adapt, adaptation, unload
-from fastpeft.targets import matches, output_head
-from fastpeft.terms import Bias, LowRank, refuse_tokenwise
+from fastpeft.targets import checked_targets, matches, output_head
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -42,8 +41,11 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     record = adaptation(model, "save_adapter")
     tensors = {key: tensor.detach() for key, tensor in _state(model, record).items()}
+    broken = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
+    if broken:
+        warnings.warn(f"save_adapter: these tensors are not finite: {_some(broken)}; load_adapter will refuse this folder.", stacklevel=2)
     meta = {"methods": record.methods, "options": record.options}
-    _write(Path(folder), tensors, _config(model, record), meta)
+    write_folder(Path(folder), tensors, _config(model, record), meta)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
@@ -69,6 +71,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         if not fresh:
             _check_same(record, methods, settings, options, folder)
         live = _state(model, record)
+        tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
         _check(live, tensors, folder)
     except ValueError:
         if fresh:
@@ -80,59 +83,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     return report.count(model)
 
 
-def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters as a plain PEFT LoRA (scale 1, scales folded into B), wherever low-rank terms are all there is.
-
-    Block-diagonal factors are expanded, several terms at a layer are concatenated by rank.
-    Raises ValueError, writing nothing, for a gain or a token-dependent part: no plain LoRA equals those.
-    """
-    record = adaptation(model, "export_lora")
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    biased = []
-    for site in record.sites:
-        A, B, bias = _plain_lora(model.get_submodule(site), site)
-        ranks[site] = A.shape[0]
-        tensors[_key(site, "lora_A.weight")], tensors[_key(site, "lora_B.weight")] = A, B
-        if bias is not None:
-            biased.append(site)
-            tensors[_key(site, "lora_B.bias")] = bias
-    if biased and len(biased) != len(record.sites):
-        raise ValueError("export_lora: only some layers have an adapter bias; PEFT's lora_bias is all or none.")
-    rest = {k: v.detach() for k, v in _beside(model, record).items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    pattern = {f"^{re.escape(s)}$": r for s, r in ranks.items() if r != common}
-    plain = {"rank": common, "alpha": common, "dropout": 0.0, "rslora": False, "lora_bias": bool(biased)}
-    config = _peft_config(model, record, get_recipe("lora").cls.PEFT.config(plain))
-    config |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
-    _write(Path(folder), tensors | rest, config, {"methods": ["lora"], "options": plain})
-
-
-def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    training = module.adapter.training
-    try:
-        with torch.no_grad():
-            terms = module.adapter.eval().terms(Plain(weight_of(module)))
-    finally:
-        module.adapter.train(training)
-    refuse_tokenwise(terms, "export_lora")
-    As, Bs, bias = [], [], None
-    for term in terms:
-        if isinstance(term, LowRank):
-            one = term.blocks == 1
-            As.append(term.A if one else torch.block_diag(*term.A))
-            Bs.append((term.B if one else torch.block_diag(*term.B)) * term.scale)
-        elif isinstance(term, Bias):
-            bias = term.b if bias is None else bias + term.b
-        else:
-            raise ValueError(
-                f"export_lora: {site!r} has a {type(term).__name__} term, which no plain LoRA can express; "
-                "save_adapter keeps it, merge folds it into the weight."
-            )
-    return torch.cat(As).detach(), torch.cat(Bs, 1).detach(), None if bias is None else bias.detach()
-
-
-def _key(path: str, leaf: str) -> str:
+def file_key(path: str, leaf: str) -> str:
     return f"{_PREFIX}{path}.{leaf}" if path else f"{_PREFIX}{leaf}"
 
 
@@ -143,20 +94,26 @@ def _state(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
         for name, method in model.get_submodule(site).adapter.named_children():
             names = _peft_format(record)
             for leaf, tensor in method.state_dict(keep_vars=True).items():
-                state[_key(site, names[leaf] if names else f"adapter.{name}.{leaf}")] = tensor
-    return state | _beside(model, record)
+                state[file_key(site, names[leaf] if names else f"adapter.{name}.{leaf}")] = tensor
+    return state | beside_adapters(model, record)
 
 
-def _beside(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
+def beside_adapters(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
     """Trained modules and biases, under PEFT's keys (an adapted layer's own bias is its base_layer's there)."""
     state = {}
     for name in record.originals:
         for leaf, tensor in model.get_submodule(name).state_dict(keep_vars=True).items():
-            state[_key(name, leaf)] = tensor
+            state[file_key(name, leaf)] = tensor
     for name in record.biases:
         path = name.rpartition(".")[0]
-        state[_key(path, "base_layer.bias" if path in record.sites else "bias")] = model.get_parameter(name)
+        state[file_key(path, "base_layer.bias" if path in record.sites else "bias")] = model.get_parameter(name)
     return state
+
+
+def _wrapper_bias(key: str, record: Adaptation) -> bool:
+    """True for the copies of a trained module's bias that PEFT writes under its wrapper's names with bias="all"."""
+    inside = (f"{_PREFIX}{name}.{part}." for name in record.originals for part in ("modules_to_save", "original_module"))
+    return record.bias == "all" and key.endswith("bias") and key.startswith(tuple(inside))
 
 
 def _peft_format(record: Adaptation) -> Mapping[str, str] | None:
@@ -168,7 +125,7 @@ def _peft_format(record: Adaptation) -> Mapping[str, str] | None:
 def _config(model: nn.Module, record: Adaptation) -> dict[str, Any]:
     if _peft_format(record):
         recipe = get_recipe(record.methods[0])
-        return _peft_config(model, record, recipe.cls.PEFT.config(recipe.options | record.options))
+        return peft_config(model, record, recipe.cls.PEFT.config(recipe.options | record.options))
     return {
         "peft_type": record.methods[0].upper() if len(record.methods) == 1 else _LIBRARY.upper(),
         "library": _LIBRARY,
@@ -182,7 +139,7 @@ def _config(model: nn.Module, record: Adaptation) -> dict[str, Any]:
     }
 
 
-def _peft_config(model: nn.Module, record: Adaptation, own: dict[str, Any]) -> dict[str, Any]:
+def peft_config(model: nn.Module, record: Adaptation, own: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted({
         "peft_type": "LORA",
         "task_type": _task(model, record),
@@ -213,13 +170,14 @@ def _targets(model: nn.Module, record: Adaptation) -> list[str] | str:
     return sorted(record.sites)
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     from safetensors.torch import save
 
     text = json.dumps(config, indent=2) + "\n"
     header = {"format": "pt", _LIBRARY: json.dumps(dict(meta)), "adapter_config": text}
     data = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, header)
     folder.mkdir(parents=True, exist_ok=True)
+    _finish_interrupted(folder)
     pending = {WEIGHTS: _pending(folder, WEIGHTS), CONFIG: _pending(folder, CONFIG)}
     try:
         _sync_write(pending[CONFIG], text.encode())
@@ -230,6 +188,23 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any
         raise
     for name in (WEIGHTS, CONFIG):  # the weights' rename is the moment at which the new checkpoint exists
         os.replace(pending[name], folder / name)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _finish_interrupted(folder: Path) -> None:
+    """Complete a save that stopped between its two renames; its pending config is the only copy beside the header."""
+    pending, weights = _pending(folder, CONFIG), folder / WEIGHTS
+    if pending.is_file() and weights.is_file():
+        try:
+            header, _ = _open(weights)
+        except CheckpointError:
+            return
+        if header.get("adapter_config") == pending.read_text(errors="replace"):
+            os.replace(pending, folder / CONFIG)
 
 
 def _pending(folder: Path, name: str) -> Path:
@@ -245,8 +220,6 @@ def _sync_write(path: Path, data: bytes) -> None:
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Config, tensors, and fastpeft's own notes ({} in a file that PEFT wrote)."""
-    from safetensors import SafetensorError, safe_open
-
     weights, config = folder / WEIGHTS, folder / CONFIG
     if not weights.is_file():
         pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
@@ -256,24 +229,39 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
                 f"PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(new_folder)."
             )
         raise FileNotFoundError(f"load_adapter: {weights} does not exist; give the folder that holds {CONFIG} and {WEIGHTS}.")
+    header, tensors = _open(weights)
+    try:
+        meta = json.loads(header.get(_LIBRARY, "{}"))
+        if not isinstance(meta, dict) or not isinstance(meta.get("options", {}), dict):
+            raise ValueError("it is no object with options")
+    except ValueError as e:
+        raise CheckpointError(f"load_adapter: the {_LIBRARY!r} entry in the header of {weights} is damaged: {e}") from e
+    return _read_config(folder, config, header.get("adapter_config")), tensors, meta
+
+
+def _open(weights: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Header and tensors of a safetensors file; CheckpointError if it is none."""
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(weights), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"load_adapter: {weights} is no readable safetensors file (truncated or damaged): {e}") from e
-    return _read_config(folder, config, header.get("adapter_config")), tensors, json.loads(header.get(_LIBRARY, "{}"))
 
 
 def _read_config(folder: Path, path: Path, embedded: str | None) -> dict[str, Any]:
-    text = path.read_text() if path.is_file() else None
+    # undecodable bytes become characters that no config has, and fail as JSON below
+    text = path.read_text(errors="replace") if path.is_file() else None
     pending = _pending(folder, CONFIG)
-    if embedded is not None and text != embedded and pending.is_file() and pending.read_text() == embedded:
+    if embedded is not None and text != embedded and pending.is_file() and pending.read_text(errors="replace") == embedded:
         text = embedded  # a save was interrupted between its two renames: the new weights are in place, so is their config
     if text is None:
         raise FileNotFoundError(f"load_adapter: {path} does not exist; an adapter folder holds {CONFIG} and {WEIGHTS}.")
     try:
         config = json.loads(text)
+        if "\ufffd" in text:
+            raise ValueError("it holds bytes that are not UTF-8")
     except ValueError as e:
         raise CheckpointError(f"load_adapter: {path} is no JSON: {e}") from e
     if not isinstance(config, dict) or "peft_type" not in config:
@@ -318,8 +306,11 @@ def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], o
     for key in ("rank_pattern", "alpha_pattern"):
         if (settings.get(key) or {}) != getattr(record, key):
             wrong[key] = (settings.get(key), getattr(record, key))
-    targets = settings["target_modules"]
-    if targets != "all-linear" and any(not matches(site, targets or ()) for site in record.sites):
+    try:
+        targets = checked_targets("target_modules", settings["target_modules"])
+    except ValueError as e:
+        raise CheckpointError(f"load_adapter: the config in {folder} cannot be used: {e}") from e
+    if targets != "all-linear" and any(not matches(site, targets) for site in record.sites):
         wrong["target_modules"] = (targets, record.sites)
     if wrong:
         raise CheckpointError(f"load_adapter: {folder} was made with other options (file, model): {wrong}.")

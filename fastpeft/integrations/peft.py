@@ -18,7 +18,7 @@ _OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_
 # fields that say where a config came from or how it was made, not what the adapter computes
 _SILENT = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type",
-    "fan_in_fan_out", "init_lora_weights", "use_dora", "ephemeral_gpu_offload", "runtime_config", "ensure_weight_tying",
+    "fan_in_fan_out", "init_lora_weights", "use_dora", "ephemeral_gpu_offload", "runtime_config",
 }  # fmt: skip
 # values that PEFT writes when a feature is off
 _OFF: dict[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16, "corda_config": None, "eva_config": None}

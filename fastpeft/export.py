@@ -1,0 +1,70 @@
+"""export_lora: an adapter as a plain LoRA, wherever one equals it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.adapter import weight_of
+from fastpeft.base import Plain
+from fastpeft.checkpoint import beside_adapters, file_key, peft_config, write_folder
+from fastpeft.registry import get_recipe
+from fastpeft.swap import adaptation
+from fastpeft.terms import Bias, LowRank, refuse_tokenwise
+
+
+def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write the adapters as a plain PEFT LoRA (scale 1, scales folded into B), wherever low-rank terms are all there is.
+
+    Block-diagonal factors are expanded, several terms at a layer are concatenated by rank.
+    Raises ValueError, writing nothing, for a gain or a token-dependent part: no plain LoRA equals those.
+    """
+    record = adaptation(model, "export_lora")
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    biased = []
+    for site in record.sites:
+        A, B, bias = _plain_lora(model.get_submodule(site), site)
+        ranks[site] = A.shape[0]
+        tensors[file_key(site, "lora_A.weight")], tensors[file_key(site, "lora_B.weight")] = A, B
+        if bias is not None:
+            biased.append(site)
+            tensors[file_key(site, "lora_B.bias")] = bias
+    if biased and len(biased) != len(record.sites):
+        raise ValueError("export_lora: only some layers have an adapter bias; PEFT's lora_bias is all or none.")
+    rest = {k: v.detach() for k, v in beside_adapters(model, record).items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    pattern = {f"^{re.escape(s)}$": r for s, r in ranks.items() if r != common}
+    plain = {"rank": common, "alpha": common, "dropout": 0.0, "rslora": False, "lora_bias": bool(biased)}
+    config = peft_config(model, record, get_recipe("lora").cls.PEFT.config(plain))
+    config |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    write_folder(Path(folder), tensors | rest, config, {"methods": ["lora"], "options": plain})
+
+
+def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    training = module.adapter.training
+    try:
+        with torch.no_grad():
+            terms = module.adapter.eval().terms(Plain(weight_of(module)))
+    finally:
+        module.adapter.train(training)
+    refuse_tokenwise(terms, "export_lora")
+    As, Bs, bias = [], [], None
+    for term in terms:
+        if isinstance(term, LowRank):
+            one = term.blocks == 1
+            As.append(term.A if one else torch.block_diag(*term.A))
+            Bs.append((term.B if one else torch.block_diag(*term.B)) * term.scale)
+        elif isinstance(term, Bias):
+            bias = term.b if bias is None else bias + term.b
+        else:
+            raise ValueError(
+                f"export_lora: {site!r} has a {type(term).__name__} term, which no plain LoRA can express; "
+                "save_adapter keeps it, merge folds it into the weight."
+            )
+    return torch.cat(As).detach(), torch.cat(Bs, 1).detach(), None if bias is None else bias.detach()
