@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters, trained modules and trained biases of an adapted model into `folder` (made if absent).
 
-    lora and dora are written in PEFT's own layout and load in stock PEFT. ValueError if the model is not adapted, OSError
+    lora, lora_fa and dora are written in PEFT's own layout and load in stock PEFT. ValueError if the model is not adapted, OSError
     if the folder cannot be written; the folder then still holds the checkpoint it held before.
     """
     record = adaptation(model, "save_adapter")
@@ -289,10 +289,22 @@ def _plan(
                 get_recipe(name)
             return list(config["methods"]), {k: config.get(k) for k in keys}, dict(config["options"])
         name, settings, options = from_dict(config, model)
+        name = _method_of(config, meta, name)
         extra = {k: v for k, v in meta.get("options", {}).items() if meta.get("methods") == [name]}
-        return [name], settings, extra | options
+        return [name], settings, extra | {k: v for k, v in options.items() if k in get_recipe(name).options}
     except (ValueError, KeyError, TypeError) as e:
         raise CheckpointError(f"load_adapter: the config in {folder} cannot be used: {e}") from e
+
+
+def _method_of(config: Mapping[str, Any], meta: Mapping[str, Any], plain: str) -> str:
+    """The method that saved a folder in PEFT's layout: `plain` (what the config says) or one stored just like it (lora_fa)."""
+    saved = meta.get("methods")
+    if not isinstance(saved, list) or len(saved) != 1 or saved == [plain]:
+        return plain
+    recipe = get_recipe(saved[0])
+    own = recipe.cls.PEFT
+    fields = {} if own is None else own.config(recipe.options | dict(meta.get("options", {})))
+    return recipe.name if fields and all(config.get(k) == v for k, v in fields.items()) else plain
 
 
 def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], options: Mapping[str, Any], folder: Any) -> None:

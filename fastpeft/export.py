@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.adapter import weight_of
-from fastpeft.base import Plain
 from fastpeft.checkpoint import beside_adapters, file_key, peft_config, write_folder
 from fastpeft.registry import get_recipe
-from fastpeft.swap import adaptation
-from fastpeft.terms import Bias, LowRank, refuse_tokenwise
+from fastpeft.swap import adaptation, static_terms
+from fastpeft.terms import Bias, LowRank
 
 
 def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -47,15 +45,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
-    training = module.adapter.training
-    try:
-        with torch.no_grad():
-            terms = module.adapter.eval().terms(Plain(weight_of(module)))
-    finally:
-        module.adapter.train(training)
-    refuse_tokenwise(terms, "export_lora")
     As, Bs, bias = [], [], None
-    for term in terms:
+    for term in static_terms(module, "export_lora"):
         if isinstance(term, LowRank):
             one = term.blocks == 1
             As.append(term.A if one else torch.block_diag(*term.A))

@@ -76,6 +76,18 @@ class Method(nn.Module):
         """The terms of one forward; composed from parameters with ordinary PyTorch, so no gradient is written here."""
         raise NotImplementedError
 
+    def static_terms(self, base: Any) -> list[Term]:
+        """The same sum as merge and export want it: at its true ranks, where terms() masks some to keep its shapes fixed."""
+        return self.terms(base)
+
+    def refill(self) -> None:
+        """Write the buffers that are not saved (masks, indices) in place."""
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Method:
+        super()._apply(fn, recurse)
+        self.refill()  # a move may leave buffers undefined: to_empty() after a start on the meta device does
+        return self
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -212,6 +224,16 @@ def check_rank(who: str, rank: Any, site: Site) -> None:
             f"{who}: rank={rank} at {site.name!r} ({site.in_features} -> {site.out_features}); it must be 1 to {limit}, "
             "the smaller side of the layer. Lower it there with rank_pattern, or exclude the layer."
         )
+
+
+def check_int(who: str, name: str, value: Any, low: int, high: int | None, where: str, limit: str = "") -> int:
+    """Raise TypeError unless value is an int, ValueError unless low <= value <= high; `limit` says what `high` is."""
+    span = f"at least {low}" if high is None else f"{low} to {high}{', ' + limit if limit else ''}"
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{who}: {name}={value!r} at {where!r}; it must be an int, {span}.")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{who}: {name}={value} at {where!r}; it must be {span}.")
+    return value
 
 
 def check_probability(who: str, name: str, p: Any) -> float:

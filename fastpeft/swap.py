@@ -30,7 +30,7 @@ from fastpeft.targets import (
     select,
     shared_weights,
 )
-from fastpeft.terms import effective_bias, effective_weight, refuse_tokenwise
+from fastpeft.terms import Term, effective_bias, effective_weight, refuse_tokenwise
 
 _RECORD = "_fastpeft_adaptation"
 _BIAS = ("none", "all", "lora_only")
@@ -306,15 +306,22 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _merged(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of the merged layer, in the layer's dtype; dropout plays no part."""
-    adapter, weight = module.adapter, weight_of(module)
-    training = adapter.training
+def static_terms(module: nn.Module, who: str) -> list[Term]:
+    """The terms of an adapted layer for `who` (merge, export_lora): no dropout, true ranks; ValueError if token-dependent."""
+    adapter: Any = module.adapter
+    base, training = Plain(weight_of(module)), adapter.training
     try:
-        terms = adapter.eval().terms(Plain(weight))
+        terms = [term for method in adapter.eval().children() for term in method.static_terms(base)]
     finally:
         adapter.train(training)
-    refuse_tokenwise(terms, "merge")
+    refuse_tokenwise(terms, who)
+    return terms
+
+
+@torch.no_grad()
+def _merged(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of the merged layer, in the layer's dtype; dropout plays no part."""
+    weight, terms = weight_of(module), static_terms(module, "merge")
     wide = torch.promote_types(weight.dtype, torch.float32)
     merged, bias = effective_weight(weight, terms, wide), effective_bias(module.bias, terms, wide)
     return merged.to(weight.dtype), None if bias is None else bias.to(weight.dtype)

@@ -55,3 +55,36 @@ def site(x, W, b, added=(), gain=None, gain_mask=None, biases=()):
     for v in ([] if b is None else [b]) + list(biases):
         y = y + v
     return y
+
+
+def prolora_factors(A0, B0, Au, Bu, m, n, size_in, size_out):
+    """(A [r, in], B [out, r]) of arXiv 2402.16902, chunk by chunk with torch.roll; A0 [q, ci], B0 [co, q], Au, Bu or None."""
+    q = 0 if A0 is None else A0.shape[0]
+    As, Bs = [], []
+    if q:
+        up, left = max(q // m, 1), max(q // n, 1)
+        As.append(torch.cat([torch.roll(A0, -j * up, dims=0) for j in range(m)], 1)[:, :size_in])
+        Bs.append(torch.cat([torch.roll(B0, -k * left, dims=1) for k in range(n)], 0)[:size_out])
+    if Au is not None:
+        As.append(Au)
+        Bs.append(Bu)
+    return torch.cat(As, 0), torch.cat(Bs, 1)
+
+
+def dylora(x, W, b, A, B, alpha, rank, mask=None, frozen=False):
+    """arXiv 2210.07558: the first `rank` components with scale alpha / rank; `frozen` lets only the last of them learn."""
+    A, B = A[:rank], B[:, :rank]
+    if frozen:
+        A = torch.cat([A[:-1].detach(), A[-1:]])
+        B = torch.cat([B[:, :-1].detach(), B[:, -1:]], 1)
+    return lora(x, W, b, A, B, alpha / rank, mask)
+
+
+def hydralora(x, W, b, A, heads, G, s, mask=None):
+    """arXiv 2404.19245, head by head; heads: B_i [out, r]; the router sees x without the mask, all heads one mask."""
+    logits = linear(x, G)
+    weights = torch.exp(logits) / torch.exp(logits).sum(-1, keepdim=True)
+    y = linear(x, W, b)
+    for i, B in enumerate(heads):
+        y = y + s * weights[..., i : i + 1] * linear(linear(masked(x, mask), A), B)
+    return y

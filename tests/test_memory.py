@@ -62,6 +62,28 @@ def test_frozen_a_keeps_no_x(dropout):
     assert 0 < kept <= 2 * RANK + SEED, f"{kept} bytes"
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lora_fa_keeps_rank_numbers_per_token(dropout):
+    m, x = layer("lora_fa", dropout=dropout), torch.randn(TOKENS, IN, requires_grad=True)
+    assert saved_bytes(lambda: m(x), m) == RANK + (SEED if dropout else 0)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("method", "options"), [("prolora", {}), ("prolora", {"unshared": 0}), ("dylora", {}), ("dylora", {"mode": "frozen"})], ids=str)
+def test_composed_factors_keep_x_and_rank_numbers_per_token(method, options, dropout):
+    m, x = layer(method, dropout=dropout, **options), torch.randn(TOKENS, IN, requires_grad=True)
+    kept = saved_bytes(lambda: m(x), m)
+    assert X + RANK < kept <= X + RANK + FACTORS + SEED < X + 2 * RANK + FACTORS, f"{kept - X - RANK} bytes beside x and u"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("heads", [1, 2, 5])
+def test_hydralora_keeps_x_u_gates_and_their_products(heads, dropout):
+    m, x = layer("hydralora", heads=heads, dropout=dropout), torch.randn(TOKENS, IN, requires_grad=True)
+    numbers = R if heads == 1 else R + heads + heads * R
+    assert saved_bytes(lambda: m(x), m) == X + TOKENS * numbers * FLOAT + (SEED if dropout else 0)
+
+
 def test_no_grad_keeps_nothing():
     m, x = layer(), torch.randn(TOKENS, IN)
     with torch.no_grad():

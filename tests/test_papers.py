@@ -1,4 +1,4 @@
-"""The layers as users build them against the papers' formulas in fp64: every option of lora, dora and melora that changes the law."""
+"""The layers as users build them against the papers' formulas in fp64: every option that changes the law."""
 
 from __future__ import annotations
 
@@ -75,6 +75,31 @@ def test_melora(dropout, n):
     A, B = (m.A[0], m.B[0]) if n == 1 else (m.A, m.B)
     base = lambda: papers.linear(x, layer.weight, layer.bias)  # noqa: E731
     agree(layer, x, lambda mask: base() + papers.low_rank(x, A, B, ALPHA / 2, mask, blocks=n))
+
+
+@pytest.mark.parametrize(("dropout", "n"), list(itertools.product([0.0, 0.3], [1, 5])))
+def test_prolora(dropout, n):
+    layer, m, x = built("prolora", rank=5, unshared=2, m=3, n=n, dropout=dropout)
+
+    def formula(mask):
+        A, B = papers.prolora_factors(m.A0, m.B0, m.Au, m.Bu, 3, n, IN, OUT)
+        return papers.lora(x, layer.weight, layer.bias, A, B, ALPHA / 5, mask)
+
+    agree(layer, x, formula)
+
+
+@pytest.mark.parametrize(("dropout", "mode", "b"), list(itertools.product([0.0, 0.3], ["full", "frozen"], [1, 2, 4])))
+def test_dylora(dropout, mode, b):
+    layer, m, x = built("dylora", rank=4, mode=mode, dropout=dropout)
+    m.set_rank(b)
+    agree(layer, x, lambda mask: papers.dylora(x, layer.weight, layer.bias, m.A, m.B, ALPHA, b, mask, mode == "frozen"))
+
+
+@pytest.mark.parametrize(("dropout", "heads"), list(itertools.product([0.0, 0.3], [2, 3])))
+def test_hydralora(dropout, heads):
+    layer, m, x = built("hydralora", rank=RANK, heads=heads, dropout=dropout)
+    split = lambda: m.B.split(RANK, dim=1)  # noqa: E731
+    agree(layer, x, lambda mask: papers.hydralora(x, layer.weight, layer.bias, m.A, split(), m.G, ALPHA / RANK, mask))
 
 
 def test_starts_as_published():

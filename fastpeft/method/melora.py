@@ -2,6 +2,7 @@
 
 `rank` is the rank of one mini-LoRA, so the update has rank n * rank at the parameter count of LoRA with that rank; the scale
 uses the mini rank, as in the authors' code. A_i starts Kaiming uniform over its own slice (bound sqrt(n / in)), B_i at zero.
+Output slice i sees input slice i only; in a fused qkv weight the slices cut across the projections.
 
 Paper: arXiv 2402.17263.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from fastpeft.registry import Method, Site, check_finite, check_probability, check_rank, method
+from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, method
 from fastpeft.terms import LowRank, Term
 
 
@@ -21,12 +22,13 @@ class MELoRA(Method):
 
     def __init__(self, site: Site, *, rank: int = 4, alpha: float = 8, dropout: float = 0.0, n: int = 2):
         super().__init__()
-        if not isinstance(n, int) or n < 1 or site.in_features % n or site.out_features % n:
+        side = min(site.out_features, site.in_features)
+        check_int("melora", "n", n, 1, side, site.name, "the smaller side of the layer")
+        if site.in_features % n or site.out_features % n:
             raise ValueError(
                 f"melora: n={n!r} at {site.name!r} ({site.in_features} -> {site.out_features}); it must divide both sides."
             )
-        check_rank("melora", rank * n if isinstance(rank, int) else rank, site)
-        check_rank("melora", rank, site)
+        check_int("melora", "rank", rank, 1, side // n, site.name, f"the smaller side of one of the {n} blocks")
         self.n = n
         self.dropout = check_probability("melora", "dropout", dropout)
         self.scale = check_finite("melora", "alpha", alpha) / rank
