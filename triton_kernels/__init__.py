@@ -1,1 +1,1 @@
-"""Triton kernels and their launchers; imports nothing of fastpeft. None has landed yet: docs/KERNELS.md."""
+"""Triton kernels and their launchers, without autograd; imports nothing of fastpeft. What is here: docs/KERNELS.md."""
