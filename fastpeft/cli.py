@@ -104,6 +104,34 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
     add("--dtype", choices=DTYPES, default=d.dtype, help="of the model's weights; default: %(default)s")
     add("--no-compare", action="store_true", help="train fastpeft's arm alone")
+    add(
+        "--patience",
+        type=int,
+        metavar="EPOCHS",
+        help="stop an arm after so many epochs without a lower loss on a tenth of the training data, held out for this, and "
+        "keep its best epoch (default: train all --epochs)",
+    )
+    add(
+        "--min-delta",
+        type=float,
+        default=d.min_delta,
+        metavar="LOSS",
+        help="with --patience: how much lower; default: %(default)s",
+    )
+    add(
+        "--save-every",
+        type=int,
+        default=d.save_every,
+        metavar="STEPS",
+        help="save the run's state so often, beside each epoch's end (0: only there); default: %(default)s",
+    )
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument(
+        "--resume", action="store_true", help="continue the unfinished run in the output folder, to the bit"
+    )
+    again.add_argument(
+        "--restart", action="store_true", help="discard the unfinished run in the output folder"
+    )
     add("--quick", action="store_true", help="one epoch, few built-in examples: does everything work?")
     parser.set_defaults(run=_finetune)
 
@@ -174,6 +202,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
         "lr",
     )
     more = ("max_length", "weight_decay", "split_seed", "output", "threads", "device", "dtype", "quick")
+    more += ("patience", "min_delta", "save_every")
     settings = Settings(
         **{name: getattr(arguments, name) for name in same + more},
         options=method_options(arguments),
@@ -181,16 +210,21 @@ def _finetune(arguments: argparse.Namespace) -> None:
         seeds=seeds,
         compare=not arguments.no_compare,
     )
+    from fastpeft.job.errors import Finished
     from fastpeft.job.finetune import finetune
     from fastpeft.job.page import as_text
 
-    outcome = finetune(settings)
+    try:
+        outcome = finetune(settings, resume=arguments.resume, restart=arguments.restart)
+    except Finished as e:
+        print(e)
+        return
     print(f"\n{as_text(outcome)}\n")
     if outcome.data["majority_accuracy"] is not None:
         print(f"most frequent class: {outcome.data['majority_accuracy']:.3f}")
     print(
         f"report: {settings.output}/report.md   adapter: {settings.output}/adapter   ({outcome.seconds:.0f} "
-        "s)"
+        f"s{' measured, without what the interruptions lost' if len(outcome.sessions) > 1 else ''})"
     )
 
 

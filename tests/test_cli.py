@@ -113,6 +113,11 @@ def test_usage_errors_exit_with_2(capsys, arguments):
         (["--lr", "0"], "--lr 0"),
         (["--seeds", "1", "1"], "--seeds [1, 1]"),
         (["--threads", "0"], "--threads 0"),
+        (["--patience", "0"], "--patience 0"),
+        (["--min-delta", "-1", "--patience", "1"], "--min-delta -1"),
+        (["--min-delta", "0.1"], "--min-delta 0.1 without --patience"),
+        (["--save-every", "-1"], "--save-every -1"),
+        (["--resume"], "holds no unfinished run"),
         (["--device", "abacus"], "--device abacus"),
         (["--model", "./no/model"], "--model ./no/model: no such folder"),
     ],
@@ -238,7 +243,8 @@ def test_a_stopped_run_says_what_was_saved(capsys, monkeypatch, tmp_path, tiny, 
     line = error_of(capsys, code)
     assert f"the adapter of seed 0 after epoch 1 is in {tmp_path}/adapter" in line
     assert ("loss of fastpeft lora is nan at step 4" in line) is (error is None)
-    assert {p.name for p in Path(tmp_path).iterdir()} == {"adapter"}
+    assert "--resume continues seed 0 after step 2" in line
+    assert {p.name for p in Path(tmp_path).iterdir()} == {"adapter", "resume.state"}
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
@@ -247,4 +253,46 @@ def test_interrupt_before_anything_was_saved(capsys, monkeypatch, tmp_path, tiny
     model, data = tiny
     base = ["finetune", "--model", model, "--data", data, "--no-compare", "--threads", "1", "--rank", "2"]
     assert main([*base, "--output", str(tmp_path)]) == 130
-    assert "nothing was saved" in error_of(capsys, 130)
+    line = error_of(capsys, 130)
+    assert "no adapter was saved; --resume continues seed 0 after step 0" in line
+    assert {p.name for p in tmp_path.iterdir()} == {"resume.state"}
+
+
+def test_resume_and_restart(capsys, monkeypatch, tmp_path, tiny):
+    model, data = tiny
+    base = [
+        "finetune",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--no-compare",
+        "--threads",
+        "1",
+        "--rank",
+        "2",
+        "--patience",
+        "2",
+    ]
+    base += ["--output", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        diverge(patch, 3, KeyboardInterrupt())
+        assert main(base) == 130
+    capsys.readouterr()
+    assert main(base) == 2
+    assert "Continue it with --resume, discard it with --restart" in error_of(capsys, 2)
+    assert main([*base, "--resume", "--lr", "0.5"]) == 2
+    assert "lr was 0.002 and is 0.5 now" in error_of(capsys, 2)
+    assert main([*base, "--resume"]) == 0
+    assert "without what the interruptions lost" in capsys.readouterr().out
+    resumed = json.loads((tmp_path / "report.json").read_text())
+    assert resumed["arms"][0]["resumed_at_steps"] == [[2]] and len(resumed["session_seconds"]) == 2
+    assert main([*base, "--resume"]) == 0
+    assert "is finished; there is nothing to resume" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        diverge(patch, 3, KeyboardInterrupt())
+        assert main(base) == 130
+    assert main([*base, "--restart"]) == 0
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["arms"][0]["losses"] == resumed["arms"][0]["losses"] and len(again["session_seconds"]) == 1
+    assert not (tmp_path / "resume.state").exists()

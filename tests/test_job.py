@@ -228,6 +228,9 @@ def test_summaries():
     assert measure.median_after_warm_up([9, 9, 9, 1, 2, 3]) == 2
     assert measure.median_after_warm_up([5]) == 5
     assert measure.median_ratio([9, 9, 9, 2, 8, 3], [1, 1, 1, 1, 2, 3]) == 2
+    # resumed at step 4: the three steps from there are warm-up too
+    assert measure.after_warm_up([9, 9, 9, 2, 8, 8, 8, 3], [0, 4]) == [2, 3]
+    assert measure.median_ratio([9, 9, 9, 2, 8, 8, 8, 3], [1] * 5, [0, 4]) == 2
     assert measure.mean_and_spread([1.0]) == (1.0, None)
     assert measure.mean_and_spread([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
 

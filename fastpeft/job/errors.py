@@ -14,6 +14,13 @@ class JobError(ValueError):
         self.code = code
 
 
+class Finished(JobError):
+    """Nothing is left to resume: no failure, so code 0."""
+
+    def __init__(self, message: str):
+        super().__init__(message, code=0)
+
+
 def require(what: str, *modules: str) -> None:
     """Raise JobError with the install command if a library that `what` needs is not installed; imports none of them."""
     missing = [m for m in modules if importlib.util.find_spec(m) is None]

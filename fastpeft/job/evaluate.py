@@ -25,6 +25,11 @@ class Score:
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
+    @property
+    def metric(self) -> float:
+        """What the report calls the metric: the accuracy, or the perplexity where there is none."""
+        return self.perplexity if self.accuracy is None else self.accuracy
+
     def __str__(self) -> str:
         return (
             f"perplexity {self.perplexity:.2f}" if self.accuracy is None else f"accuracy {self.accuracy:.3f}"

@@ -2,7 +2,8 @@
 
 The arms of a seed are trained together: each batch goes to every arm, in an order drawn anew, so that a noisy
 machine slows all of them alike and step times can be compared within a step. All that is random is a function
-of (seed, epoch, step), and the learning rate of the step, so a stopped run can be taken up at any step.
+of (seed, epoch, step), and the learning rate of the step; with the trainees' own state (fastpeft.job.snapshot) a
+stopped run is taken up at any step.
 """
 
 from __future__ import annotations
@@ -19,20 +20,46 @@ from torch import Tensor
 
 from fastpeft.job.arms import Arm
 from fastpeft.job.data import Examples
+from fastpeft.job.early_stopping import EarlyStopping
 from fastpeft.job.errors import JobError
 from fastpeft.job.evaluate import Score, evaluate
 from fastpeft.job.settings import Settings
+from fastpeft.job.weights import copy_weights, set_weights
 
 
 @dataclass
 class Trainee:
-    """One arm in training. losses, seconds: per step.   scores: before training, then after each epoch."""
+    """One arm in training. losses, seconds: per step.   scores: before training, then after each epoch.
+
+    starts: the steps that were the first of a process; the run's own, then one per resume.
+    stopping: None without early stopping, and then so is `best`, a copy of the best epoch's weights.
+    """
 
     arm: Arm
     optimizer: torch.optim.Optimizer | None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    starts: list[int] = field(default_factory=lambda: [0])
+    stopping: EarlyStopping | None = None
+    best: dict[str, Tensor] | None = None
+
+    @property
+    def epochs(self) -> int:
+        return max(0, len(self.scores) - 1)
+
+    @property
+    def stopped(self) -> bool:
+        return self.stopping is not None and self.stopping.stopped
+
+    @property
+    def kept_epoch(self) -> int:
+        """The epoch whose weights are the result so far: the best one with early stopping, else the last."""
+        return self.epochs if self.stopping is None else self.stopping.best_epoch
+
+    def __str__(self) -> str:
+        note = f" (stopped, best epoch {self.kept_epoch})" if self.stopped else ""
+        return f"{self.arm.title} {self.scores[-1]}{note}"
 
 
 def trainee(arm: Arm, settings: Settings) -> Trainee:
@@ -42,7 +69,8 @@ def trainee(arm: Arm, settings: Settings) -> Trainee:
         if parameters
         else None
     )
-    return Trainee(arm, optimizer)
+    stopping = None if settings.patience is None else EarlyStopping(settings.patience, settings.min_delta)
+    return Trainee(arm, optimizer, stopping=stopping)
 
 
 def lr_at(step: int, total: int, settings: Settings) -> float:
@@ -84,29 +112,59 @@ def train(
     settings: Settings,
     *,
     seed: int,
-    after_epoch: Callable[[int], None],
+    validation: Examples | None = None,
+    after_step: Callable[[int], None] = lambda steps: None,
+    after_epoch: Callable[[int], None] = lambda epochs: None,
 ) -> None:
-    """Train all arms of one seed for settings.epochs; after_epoch(number of epochs done) is called after each
-    evaluation."""
+    """Train all arms of one seed for settings.epochs, from wherever the trainees are: at the start, or resumed.
+
+    An arm that stops early takes no further step; with early stopping every arm ends with its best epoch's weights.
+    after_step(steps done) is called within an epoch, after_epoch(epochs done) after its evaluation.
+    """
     from tqdm import tqdm
 
     for t in trainees:
-        t.scores.append(evaluate(t.arm.model, held, settings))
+        if not t.scores:
+            t.scores.append(evaluate(t.arm.model, held, settings))
     per_epoch = len(data.order(settings.batch_size, seed=seed, epoch=0))
-    total = per_epoch * settings.epochs
-    with tqdm(total=total, desc=f"seed {seed}", unit="step", disable=not sys.stderr.isatty()) as bar:
-        for epoch in range(settings.epochs):
-            for index in data.order(settings.batch_size, seed=seed, epoch=epoch):
-                step = len(trainees[0].losses)
-                _one_batch(trainees, data.batch(index), step, total, settings, seed)
+    total, done = per_epoch * settings.epochs, max(len(t.losses) for t in trainees)
+    with tqdm(
+        total=total, initial=done, desc=f"seed {seed}", unit="step", disable=not sys.stderr.isatty()
+    ) as bar:
+        for epoch in range(max(t.epochs for t in trainees), settings.epochs):
+            active = [t for t in trainees if not t.stopped]
+            if not active:
+                break
+            order = data.order(settings.batch_size, seed=seed, epoch=epoch)
+            for step in range(max(done, epoch * per_epoch), (epoch + 1) * per_epoch):
+                _one_batch(active, data.batch(order[step % per_epoch]), step, total, settings, seed)
                 bar.update()
-            for t in trainees:
-                t.scores.append(evaluate(t.arm.model, held, settings))
-            bar.set_postfix_str(", ".join(f"{t.arm.title} {t.scores[-1]}" for t in trainees))
+                if (step + 1) % per_epoch:
+                    after_step(step + 1)
+            for t in active:
+                _end_epoch(t, held, validation, settings)
+            scores = ", ".join(map(str, trainees))
+            bar.set_postfix_str(scores)
             if bar.disable:
-                scores = ", ".join(f"{t.arm.title} {t.scores[-1]}" for t in trainees)
                 print(f"seed {seed}, epoch {epoch + 1} of {settings.epochs}: {scores}", flush=True)
             after_epoch(epoch + 1)
+    for t in trainees:
+        if t.best is not None:
+            set_weights(t.arm.model, t.best)
+
+
+def _end_epoch(t: Trainee, held: Examples, validation: Examples | None, settings: Settings) -> None:
+    """Evaluate; with early stopping keep the weights if they are the best so far."""
+    t.scores.append(evaluate(t.arm.model, held, settings))
+    if t.stopping is not None:
+        assert validation is not None
+        if t.stopping.update(evaluate(t.arm.model, validation, settings).loss):
+            t.best = copy_weights(t.arm.model)
+
+
+def _reseed(seed: int, step: int) -> None:
+    """Every arm draws the model's own dropout from the same state."""
+    torch.manual_seed(seed * 1_000_003 + step)
 
 
 def _one_batch(
@@ -118,8 +176,7 @@ def _one_batch(
     random.Random(f"{seed} {step}").shuffle(order)
     for t in order:
         t.arm.model.train()
-        # every arm draws the model's own dropout from the same state
-        torch.manual_seed(seed * 1_000_003 + step)
+        _reseed(seed, step)
         if device.startswith("cuda"):
             torch.cuda.synchronize()
         start = time.perf_counter()

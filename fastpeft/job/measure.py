@@ -49,14 +49,23 @@ def step_bytes(model: Any, batch: dict[str, Tensor]) -> int:
     return found
 
 
-def median_after_warm_up(values: Sequence[float]) -> float:
-    """Median of the values after the first WARM_UP_STEPS (of all, if there are no more)."""
-    return statistics.median(values[WARM_UP_STEPS:] or values)
+def after_warm_up(values: Sequence[float], starts: Sequence[int] = (0,)) -> list[float]:
+    """The values without the WARM_UP_STEPS that follow each of `starts`; all of them, if none are left.
+
+    starts: indices of the steps that were the first of a process.
+    """
+    warm = {k for start in starts for k in range(start, start + WARM_UP_STEPS)}
+    return [v for k, v in enumerate(values) if k not in warm] or list(values)
 
 
-def median_ratio(values: Sequence[float], base: Sequence[float]) -> float:
-    """Median over steps of value / base, both measured within the same step; warm-up left out."""
-    return median_after_warm_up([v / b for v, b in zip(values, base, strict=True)])
+def median_after_warm_up(values: Sequence[float], starts: Sequence[int] = (0,)) -> float:
+    """Median of `after_warm_up`."""
+    return statistics.median(after_warm_up(values, starts))
+
+
+def median_ratio(values: Sequence[float], base: Sequence[float], starts: Sequence[int] = (0,)) -> float:
+    """Median over the steps that both have of value / base, measured within the same step; warm-up left out."""
+    return median_after_warm_up([v / b for v, b in zip(values, base, strict=False)], starts)
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:

@@ -7,12 +7,16 @@ import platform
 import statistics
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastpeft.job import measure
 from fastpeft.job.arms import FASTPEFT, PEFT
+from fastpeft.job.early_stopping import EarlyStopping
 from fastpeft.job.evaluate import Score
 from fastpeft.job.settings import Settings
+
+if TYPE_CHECKING:
+    from fastpeft.job.loop import Trainee
 
 _VERSIONS = ("torch", "transformers", "peft", "tokenizers", "datasets", "safetensors", "numpy")
 
@@ -35,7 +39,8 @@ class ArmResult:
     """One arm over all seeds. saved_bytes: kept for backward by one step.   memory: bytes, of
     fastpeft.job.memory.
 
-    losses, seconds: [seed][step].   scores: [seed][epochs done].
+    losses, seconds: [seed][step].   scores: [seed][epochs done].   starts: [seed], the steps that were the first of a
+    process.   stopping: [seed], None without early stopping.
     """
 
     name: str
@@ -48,29 +53,54 @@ class ArmResult:
     losses: list[list[float]] = field(default_factory=list)
     seconds: list[list[float]] = field(default_factory=list)
     scores: list[list[Score]] = field(default_factory=list)
+    starts: list[list[int]] = field(default_factory=list)
+    stopping: list[EarlyStopping | None] = field(default_factory=list)
 
-    def add(self, losses: list[float], seconds: list[float], scores: list[Score]) -> None:
+    def add(self, t: Trainee) -> None:
         """Add one seed."""
-        self.losses.append(losses)
-        self.seconds.append(seconds)
-        self.scores.append(scores)
+        self.losses.append(t.losses)
+        self.seconds.append(t.seconds)
+        self.scores.append(t.scores)
+        self.starts.append(t.starts)
+        self.stopping.append(t.stopping)
 
     @property
     def step_seconds(self) -> list[float]:
-        """Step times of all seeds, each seed's warm-up left out."""
-        return [s for seed in self.seconds for s in (seed[measure.WARM_UP_STEPS :] or seed)]
+        """Step times of all seeds, each process's warm-up left out."""
+        pairs = zip(self.seconds, self.starts, strict=True)
+        return [s for seed, starts in pairs for s in measure.after_warm_up(seed, starts)]
+
+    @property
+    def resumed_at(self) -> list[list[int]]:
+        """Of each seed the steps of this arm that were the first after a resume."""
+        pairs = zip(self.losses, self.starts, strict=True)
+        return [[k for k in starts[1:] if k < len(losses)] for losses, starts in pairs]
+
+    @property
+    def kept_epochs(self) -> list[int]:
+        """Of each seed the epoch whose weights are the result: the best with early stopping, else the last."""
+        pairs = zip(self.scores, self.stopping, strict=True)
+        return [len(scores) - 1 if s is None else s.best_epoch for scores, s in pairs]
 
     def metric(self, epoch: int) -> list[float]:
         """Accuracy (perplexity for language modelling) of each seed; epoch 0 is before training, -1 the
-        last."""
-        found = [seed[epoch] for seed in self.scores]
-        return [s.perplexity if s.accuracy is None else s.accuracy for s in found]
+        last that ran."""
+        return [seed[epoch].metric for seed in self.scores]
+
+    @property
+    def result(self) -> list[float]:
+        """The metric of each seed with the weights that were kept."""
+        return [s[e].metric for s, e in zip(self.scores, self.kept_epochs, strict=True)]
 
 
 @dataclass
 class Outcome:
     """All that a report says. measured_batch: [rows, tokens] of the batch behind bytes saved and peak
-    memory."""
+    memory.
+
+    sessions: wall seconds of each process that worked on the run, up to its last save (the last one: to the report).
+    run: what a resume compares, of fastpeft.job.identity.
+    """
 
     settings: Settings
     model: dict[str, Any]
@@ -78,7 +108,13 @@ class Outcome:
     measured_batch: list[int]
     arms: list[ArmResult]
     reload: Reload
-    seconds: float
+    sessions: list[float]
+    run: dict[str, Any]
+
+    @property
+    def seconds(self) -> float:
+        """Measured wall seconds; of a resumed run the sum of its sessions, without what was lost in between."""
+        return sum(self.sessions)
 
     @property
     def metric(self) -> str:
@@ -93,7 +129,7 @@ def comparison(outcome: Outcome) -> list[float] | None:
     ours, theirs = outcome.arm(FASTPEFT), outcome.arm(PEFT)
     if ours is None or theirs is None:
         return None
-    return [a - b for a, b in zip(ours.metric(-1), theirs.metric(-1), strict=True)]
+    return [a - b for a, b in zip(ours.result, theirs.result, strict=True)]
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -102,7 +138,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     peft = outcome.arm(PEFT)
     arms = []
     for a in outcome.arms:
-        mean, spread = measure.mean_and_spread(a.metric(-1))
+        mean, spread = measure.mean_and_spread(a.result)
         before = measure.mean_and_spread(a.metric(0))[0]
         row = {
             "name": a.name,
@@ -119,12 +155,13 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             f"{outcome.metric}_before": _finite(before),
             f"{outcome.metric}_after": _finite(mean),
             f"{outcome.metric}_spread": spread if spread is None else _finite(spread),
-            f"{outcome.metric}_per_seed": [
-                [_finite(a.metric(e)[k]) for e in range(len(s))] for k, s in enumerate(a.scores)
-            ],
+            f"{outcome.metric}_per_seed": [[_finite(s.metric) for s in seed] for seed in a.scores],
             "evaluation_loss_per_seed": [[s.loss for s in seed] for seed in a.scores],
             "losses": a.losses,
             "step_seconds": a.seconds,
+            "resumed_at_steps": a.resumed_at,
+            "kept_epochs": a.kept_epochs,
+            "validation_loss_per_seed": [None if s is None else s.losses for s in a.stopping],
         }
         arms.append(row)
     return {
@@ -136,6 +173,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "arms": arms,
         "reload": asdict(outcome.reload),
         "wall_seconds": outcome.seconds,
+        "session_seconds": outcome.sessions,
+        "run": outcome.run,
         "versions": versions(),
         "machine": {
             "system": platform.platform(),
@@ -160,8 +199,8 @@ def versions() -> dict[str, str]:
 def ratio_to(a: ArmResult, base: ArmResult | None) -> float | None:
     if base is None:
         return None
-    pairs = [measure.median_ratio(s, b) for s, b in zip(a.seconds, base.seconds, strict=True)]
-    return measure.mean_and_spread(pairs)[0]
+    seeds = zip(a.seconds, base.seconds, a.starts, strict=True)
+    return measure.mean_and_spread([measure.median_ratio(s, b, starts) for s, b, starts in seeds])[0]
 
 
 def _finite(value: float) -> float | None:

@@ -30,7 +30,7 @@ def table(outcome: Outcome) -> list[list[str]]:
         ]
     ]
     for a in outcome.arms:
-        mean, spread = measure.mean_and_spread(a.metric(-1))
+        mean, spread = measure.mean_and_spread(a.result)
         ratio = ratio_to(a, peft)
         rows.append(
             [
@@ -81,14 +81,42 @@ def _job(outcome: Outcome) -> list[str]:
         f"- Data: {data['description']}; {data['train']} examples to learn from, {data['evaluation']} to "
         "evaluate on.",
         f"- Method: {s.method}, {options}; targets {targets}.",
-        f"- Training: {s.epochs} epochs, batch {s.batch_size}, at most {s.max_length} tokens, AdamW at "
+        f"- Training: {'' if s.patience is None else 'at most '}{s.epochs} epochs, batch {s.batch_size}, at most {s.max_length} tokens, AdamW at "
         f"{s.lr:g} with warm-up, "
         f"seeds {', '.join(map(str, s.seeds))}, {s.dtype}, {s.torch_device}, {s.thread_count} threads; "
-        f"{outcome.seconds:.0f} s in all.",
+        f"{_wall(outcome)}.",
     ]
     if outcome.model["sha256"]:
         lines.append(f"- Weights: sha256 `{outcome.model['sha256']}`.")
     return lines
+
+
+def _wall(outcome: Outcome) -> str:
+    """The wall time, and of a resumed run what its sum leaves out."""
+    n = len(outcome.sessions)
+    if n == 1:
+        return f"{outcome.seconds:.0f} s in all"
+    each = " + ".join(f"{s:.0f}" for s in outcome.sessions)
+    return (
+        f"interrupted and resumed: {each} s measured in {n} processes, each up to its last saved state; what was lost and "
+        "done again, and the time between them, is not in it"
+    )
+
+
+def _stopping(outcome: Outcome) -> list[str]:
+    """One line per run with early stopping: which epochs were kept, of how many that ran."""
+    s = outcome.settings
+    if s.patience is None:
+        return []
+    arms = []
+    for a in outcome.arms:
+        each = ", ".join(f"{e} of {len(x) - 1}" for e, x in zip(a.kept_epochs, a.scores, strict=True))
+        arms.append(f"{a.title}: {each}")
+    return [
+        f"- Early stopping, patience {s.patience}, min_delta {s.min_delta:g}: an arm's epochs are judged by its loss on "
+        f"{outcome.data['validation']} validation examples, held out of the training data, and the best epoch's "
+        f"weights are kept. The evaluation examples took no part in it. Kept epoch per seed: {'; '.join(arms)}."
+    ]
 
 
 def _reading(outcome: Outcome) -> list[str]:
@@ -96,7 +124,7 @@ def _reading(outcome: Outcome) -> list[str]:
     data, n = outcome.data, outcome.data["evaluation"]
     lines = []
     if data["majority_accuracy"] is not None:
-        after = measure.mean_and_spread(outcome.arms[-1].metric(-1))[0]
+        after = measure.mean_and_spread(outcome.arms[-1].result)[0]
         lines.append(
             f"- Always answering the most frequent class scores {data['majority_accuracy']:.3f}. With {n} "
             "evaluation examples "
@@ -108,6 +136,7 @@ def _reading(outcome: Outcome) -> list[str]:
         each = ", ".join(f"{d:+.3f}" for d in differences)
         over = f" (standard deviation {spread:.3f}; per seed {each})" if spread is not None else ""
         lines.append(f"- fastpeft minus PEFT in {outcome.metric}: {mean:+.3f}{over}.")
+    lines += _stopping(outcome)
     r = outcome.reload
     through = "" if r.peft is None else f", and of {r.peft:.1e} when stock PEFT loads it"
     lines.append(
@@ -123,7 +152,9 @@ def _columns(outcome: Outcome) -> list[str]:
     lines = [
         "- Step time: forward, backward, clipping and optimiser step of one batch; the arms take turns "
         "within each step, in "
-        f"random order, in one process; the first {measure.WARM_UP_STEPS} steps of a seed are left out.",
+        f"random order, in one process; the first {measure.WARM_UP_STEPS} steps of a seed"
+        + (" and after a resume" if len(outcome.sessions) > 1 else "")
+        + " are left out.",
         "- Saved for backward: distinct storages that autograd keeps in one training forward of the batch "
         f"of {rows} x {tokens} "
         "tokens that is largest; parameters, buffers and the batch itself are not counted.",
@@ -131,7 +162,7 @@ def _columns(outcome: Outcome) -> list[str]:
         "batch; it contains "
         "the interpreter, the libraries, the model, the adapter, gradients, optimiser state and activations.",
         f"- {outcome.metric.capitalize()} before: with the adapter attached and nothing trained. After: the "
-        "last epoch"
+        + ("last epoch" if outcome.settings.patience is None else "epoch that early stopping kept")
         + (", mean ± standard deviation over the seeds." if len(outcome.settings.seeds) > 1 else "."),
     ]
     if outcome.arm(PEFT) is not None:

@@ -27,6 +27,9 @@ def _atomic(path: Path, write: Callable[[Path], object]) -> None:
     part = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(part)
+        with open(part, "rb") as file:
+            # the state that could make the report again is removed after it
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

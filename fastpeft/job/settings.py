@@ -26,6 +26,9 @@ class Settings:
     given to us.
     device: None for CUDA where there is one, else the CPU.   quick: one epoch on few examples, to see that
     everything works.
+    patience: epochs without an improvement of the validation loss by more than min_delta after which an arm stops;
+    None trains for all epochs.   validation_share: of the training data, held out for that.
+    save_every: steps between two saves of the run's state, beside one at each epoch's end; 0 for those alone.
     """
 
     model: str | None = None
@@ -53,6 +56,10 @@ class Settings:
     dtype: str = "float32"
     compare: bool = True
     quick: bool = False
+    patience: int | None = None
+    min_delta: float = 0.0
+    validation_share: float = 0.1
+    save_every: int = 100
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -73,6 +80,7 @@ class Settings:
             )
         if self.threads is not None and self.threads < 1:
             raise JobError(f"finetune: --threads {self.threads}; it must be at least 1.")
+        self._check_stopping()
         if self.task == CAUSAL_LM and self.model is None:
             raise JobError(
                 "finetune: --task causal-lm needs --model: the carried model is an encoder, which cannot do "
@@ -88,6 +96,20 @@ class Settings:
         self._check_device()
         self._check_method()
         self._check_output()
+
+    def _check_stopping(self) -> None:
+        if self.save_every < 0:
+            raise JobError(
+                f"finetune: --save-every {self.save_every}; it must be a number of steps, or 0 to save at epoch ends only."
+            )
+        if self.patience is not None and self.patience < 1:
+            raise JobError(f"finetune: --patience {self.patience}; it must be at least 1 epoch.")
+        if not (math.isfinite(self.min_delta) and self.min_delta >= 0):
+            raise JobError(f"finetune: --min-delta {self.min_delta}; it must be a finite loss of at least 0.")
+        if self.min_delta and self.patience is None:
+            raise JobError(
+                f"finetune: --min-delta {self.min_delta} without --patience; give both, or neither."
+            )
 
     def _check_device(self) -> None:
         import torch

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from fastpeft.job.data import Examples, Texts
 from fastpeft.job.models import Source, load_model
-from fastpeft.job.outcome import ArmResult
+from fastpeft.job.outcome import ArmResult, Reload
+from fastpeft.job.resume import Run
 from fastpeft.job.settings import Settings
 
 
 @dataclass
 class Job:
-    """Everything that is loaded once for all seeds, and what has been saved so far (told to the user if we
-    stop)."""
+    """Everything that is loaded once for all seeds, and what has been saved so far.
+
+    adapter: a sentence on the adapter that is saved, if one is."""
 
     settings: Settings
     source: Source
@@ -25,8 +27,18 @@ class Job:
     tokenizer: Any
     data: Examples
     held: Examples
-    saved: str = "nothing was saved"
+    validation: Examples | None
+    run: Run
+    adapter: str | None = None
     results: dict[str, ArmResult] = field(default_factory=dict)
+    reload: Reload | None = None
+
+    @property
+    def saved(self) -> str:
+        """What a stop leaves behind, for the user."""
+        if self.run.position is None:
+            return "nothing was changed" if self.run.saved is not None else "nothing was saved"
+        return f"{self.adapter or 'no adapter was saved'}; --resume continues {self.run.position}"
 
     @property
     def classes(self) -> list[str] | None:
