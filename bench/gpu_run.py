@@ -1,113 +1,111 @@
-"""Everything that waits for a GPU, in stages that are skipped once their JSON is in $OUT.
+"""Everything that waits for a GPU, in stages; each writes its JSON to $OUT and is skipped once that is there.
 
-python -m bench.gpu_run [--device cuda] ; rehearsal without a GPU: --device cpu --dry
+python -m bench.gpu_run [--stages correctness,ceilings] [--device cuda] rehearsal without a GPU: --device cpu
+--dry: tiny sizes, Triton's interpreter, fp32 and fp16; it measures nothing
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import fastpeft
-from bench.harness import arms, compare, errors, formula, gradients, machine
-from bench.lowrank import SHAPES
-from fastpeft.env import environment
-from fastpeft.job.arms import FASTPEFT
-from fastpeft.job.layerbench import Shape
+STAGES = ("build", "correctness", "sanitizer", "ceilings", "kernels", "tiles", "layers", "memory")
+MINUTES = 7.5
 
 
-def build(device: str, dry: bool) -> list[dict[str, Any]]:
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else "cpu"
-    return [{"device_name": name, **machine(), "environment": {k: str(v) for k, v in environment().items()}}]
+def run_stage(stage: str, run: Any) -> dict[str, Any]:
+    """What the stage found: read where its JSON is there, else worked out task by task.
+
+    Finished tasks lie in a .part file, so a stage that ran out of time, or was killed, goes on where it
+    stopped.
+    """
+    from bench.gpu.common import file_stem, finish
+    from bench.machine import machine
+
+    path = run.out / f"{file_stem(stage, run.device, run.dry)}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    part, start = path.with_suffix(".part"), time.monotonic()
+    lines = part.read_text().splitlines() if part.exists() else []
+    done = {json.dumps(d["head"]): d["rows"] for d in (json.loads(s) for s in lines if s.endswith("}"))}
+    stopped, rows = None, []
+    with part.open("w") as file:
+        for head, known in done.items():
+            _keep(file, json.loads(head), known)
+        for head, work in importlib.import_module(f"bench.gpu.{stage}").tasks(run):
+            if json.dumps(head) in done:
+                continue
+            if stopped := _stop(run, rows):
+                break
+            done[json.dumps(head)] = rows = finish(head, work)
+            _keep(file, head, rows)
+    whole = {"stage": stage, "device": run.device, "dry": run.dry, "stopped": stopped}
+    whole |= {
+        "seconds": time.monotonic() - start,
+        **machine(),
+        "rows": [r for rows in done.values() for r in rows],
+    }
+    if stopped is None:
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(whole, indent=1))
+        new.replace(path)
+        part.unlink()
+    return whole
 
 
-def correctness(device: str, dry: bool) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for dtype in (torch.bfloat16, torch.float16):
-        for method in ("lora", "dora"):
-            shape = Shape(33, 40, 35, dtype=dtype, device=device)
-            layer = arms(shape, method)[FASTPEFT]
-            x = torch.randn(33, 40, dtype=dtype, device=device, requires_grad=True)
-            dy = torch.randn(33, 35, dtype=dtype, device=device)
-            truth, plain = (formula(layer, method, x, dy, d) for d in (torch.float64, dtype))
-            error, right = errors(gradients(layer, x, dy), truth, plain)
-            rows.append({"check": f"{method} {dtype}", "error": error, "right": right})
-    seed = torch.tensor(1234567)
-    masks = [fastpeft.dropout_mask(seed.to(d), (257, 65), 0.3).cpu() for d in ("cpu", device)]
-    rows.append({"check": "dropout bits", "right": torch.equal(*masks)})
-    return rows
+def _keep(file: Any, head: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    file.write(json.dumps({"head": head, "rows": rows}) + "\n")
+    file.flush()
 
 
-def _seconds(run: Callable[[], object], device: str) -> float:
-    wait = torch.cuda.synchronize if device.startswith("cuda") else (lambda: None)
-    best = float("inf")
-    for _ in range(10):
-        wait()
-        start = time.perf_counter()
-        run()
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _stop(run: Any, last: list[dict[str, Any]]) -> str | None:
+    """Why no further task begins; last: the rows of this process's latest task."""
+    from bench.gpu.common import spoiled
 
-
-def ceilings(device: str, dry: bool) -> list[dict[str, Any]]:
-    n, side = (1 << 20, 256) if dry else (1 << 30, 8192)
-    src = torch.empty(n, dtype=torch.uint8, device=device)
-    dst = torch.empty_like(src)
-    a = torch.randn(side, side, dtype=torch.bfloat16, device=device)
-    return [
-        {"ceiling": "copy GB/s", "value": 2 * n / _seconds(lambda: dst.copy_(src), device) / 1e9},
-        {"ceiling": "bf16 matmul TFLOP/s", "value": 2 * side**3 / _seconds(lambda: a @ a, device) / 1e12},
-    ]
-
-
-def layers(device: str, dry: bool) -> list[dict[str, Any]]:
-    sizes = [(64, 32, 48)] if dry else SHAPES
-    rows = []
-    for size in sizes:
-        for method in ("lora", "dora"):
-            shape = Shape(*size, dtype=torch.bfloat16, device=device)
-            rows += compare("lowrank", shape, method, rounds=3 if dry else 50)
-    return rows
-
-
-STAGES = [build, correctness, ceilings, layers]
+    if run.late():
+        return "out of time"
+    return "the device failed" if any(spoiled(r.get("failed", "")) for r in last) else None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--dry", action="store_true", help="a rehearsal")
+    parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}, by comma")
     parser.add_argument(
-        "--dry", action="store_true", help="tiny sizes; proves that the script runs, measures nothing"
+        "--minutes", type=float, default=MINUTES, help="after which a stage begins nothing new"
     )
     args = parser.parse_args()
+    wanted = args.stages.split(",")
+    if unknown := set(wanted) - set(STAGES):
+        parser.error(f"--stages: {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
+    if args.dry and args.device != "cpu":
+        parser.error("--dry rehearses on the CPU; add --device cpu")
+    if args.dry:
+        # before anything imports Triton
+        os.environ["TRITON_INTERPRET"] = "1"
+    from bench.gpu.common import Run
+
     out = Path(os.environ.get("OUT", "build/gpu_run"))
     out.mkdir(parents=True, exist_ok=True)
-    done: dict[str, list[dict[str, Any]]] = {}
+    tables = []
     for stage in STAGES:
-        name = f"{stage.__name__}-{args.device.replace(':', '_')}{'-dry' if args.dry else ''}"
-        path = out / f"{name}.json"
-        if not path.exists():
-            part = path.with_suffix(".part")
-            part.write_text(json.dumps(stage(args.device, args.dry), indent=1))
-            part.replace(path)
-        done[stage.__name__] = json.loads(path.read_text())
-    for r in done["correctness"]:
-        print(f"{r['check']:<24} {'right' if r['right'] else 'WRONG'}")
-    for r in done["ceilings"]:
-        print(f"{r['ceiling']:<24} {'-' if args.dry else format(r['value'], '.1f')}")
-    for r in done["layers"]:
-        ratio = "-" if args.dry or "ratio" not in r else format(r["ratio"], ".2f")
-        print(
-            f"{r['method']:<6} {r['arm']:<20} {r['shape']!s:<20} {'right' if r['right'] else 'WRONG':<6} {ratio}"
-        )
+        if stage in wanted:
+            run = Run(args.device, args.dry, out, time.monotonic() + 60 * args.minutes)
+            found = run_stage(stage, run)
+            stopped = f", stopped: {found['stopped']}; run it again to go on" if found["stopped"] else ""
+            print(f"{stage}: {len(found['rows'])} rows, {found['seconds']:.0f} s{stopped}", flush=True)
+            tables.append(
+                f"== {stage}\n" + importlib.import_module(f"bench.gpu.{stage}").table(found["rows"], args.dry)
+            )
+    print("\n" + "\n\n".join(tables))
 
 
 if __name__ == "__main__":
