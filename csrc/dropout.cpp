@@ -3,12 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 #include "dropout_cpu.h"
 #include "floats.h"
+#include "parallel.h"
 
 // One body, compiled for plain x86-64 and for AVX2, picked when the module is loaded; elsewhere the compiler's default.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
@@ -106,24 +104,30 @@ Rows pick(int out_dtype, int x_dtype, bool add) {
   }
 }
 
+struct Job {
+  Rows run;
+  const DropoutArgs& a;
+  int64_t step;
+};
+
+void part(void* context, int k) {
+  const Job& job = *static_cast<const Job*>(context);
+  job.run(job.a, std::min(job.a.rows, k * job.step), std::min(job.a.rows, (k + 1) * job.step));
+}
+
 void threaded(Rows run, const DropoutArgs& a) {
   // 128 Ki numbers take some 100 us, several times what starting a thread costs
   const int64_t worth = std::max<int64_t>(1, a.rows * a.cols >> 17);
   const int64_t n = std::min({static_cast<int64_t>(std::max(1, a.threads)), worth, std::max<int64_t>(1, a.rows)});
-  const int64_t step = (a.rows + n - 1) / n;
-  std::vector<std::thread> pool;
-  pool.reserve(static_cast<size_t>(n));
-  int64_t begin = step;
-  try {
-    for (; begin < a.rows; begin += step) pool.emplace_back(run, std::cref(a), begin, std::min(a.rows, begin + step));
-  } catch (const std::system_error&) {  // no thread to be had: its rows and all after them run here
-    run(a, begin, a.rows);
-  }
-  run(a, 0, std::min(a.rows, step));
-  for (std::thread& t : pool) t.join();
+  Job job{run, a, (a.rows + n - 1) / n};
+  parallel(static_cast<int>(n), part, &job);
 }
 
 }  // namespace
+
+void dropout_draws(uint64_t seed, uint32_t g0, int groups, uint32_t row, uint16_t* out) {
+  fill_draws(seed, g0, groups, row, out);
+}
 
 bool dropout_cpu(const DropoutArgs& a, int out_dtype, int x_dtype, bool add) {
   const Rows run = pick(out_dtype, x_dtype, add);

@@ -17,6 +17,9 @@ struct DropoutArgs {
   int threads;
 };
 
+// The draws of `groups` groups of eight columns from group g0 on, of one row; room for a multiple of 128 numbers in `out`.
+void dropout_draws(uint64_t seed, uint32_t g0, int groups, uint32_t row, uint16_t* out);
+
 // out = x * mask, or out += x * mask. dtypes: 0 float64, 1 float32, 2 bfloat16, 3 float16; false for any other
 bool dropout_cpu(const DropoutArgs& args, int out_dtype, int x_dtype, bool add);
 

@@ -6,6 +6,13 @@
 #include <cstring>
 #include <type_traits>
 
+// Never a symbol of its own: this header is also read by files that are compiled for other instruction sets.
+#if defined(__GNUC__)
+#define FASTPEFT_INLINE static inline __attribute__((always_inline))
+#else
+#define FASTPEFT_INLINE static inline
+#endif
+
 namespace fastpeft {
 
 struct BFloat16 {
@@ -20,23 +27,23 @@ struct Float16 {
 template <typename A, typename B>
 using Wide = std::conditional_t<std::is_same_v<A, double> || std::is_same_v<B, double>, double, float>;
 
-inline uint32_t bits_of(float f) {
+FASTPEFT_INLINE uint32_t bits_of(float f) {
   uint32_t u;
   std::memcpy(&u, &f, 4);
   return u;
 }
 
-inline float float_of(uint32_t u) {
+FASTPEFT_INLINE float float_of(uint32_t u) {
   float f;
   std::memcpy(&f, &u, 4);
   return f;
 }
 
-inline float load(float v) { return v; }
-inline double load(double v) { return v; }
-inline float load(BFloat16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
+FASTPEFT_INLINE float load(float v) { return v; }
+FASTPEFT_INLINE double load(double v) { return v; }
+FASTPEFT_INLINE float load(BFloat16 v) { return float_of(static_cast<uint32_t>(v.bits) << 16); }
 
-inline float load(Float16 v) {
+FASTPEFT_INLINE float load(Float16 v) {
   const uint32_t u = v.bits & 0x7FFFu;
   // a subnormal half is an integer times 2^-24; multiplying an integer keeps it exact under flush-to-zero too
   const uint32_t small = bits_of(static_cast<float>(static_cast<int32_t>(u)) * 0x1p-24f);
@@ -47,20 +54,20 @@ inline float load(Float16 v) {
 }
 
 template <typename W>
-void store(float* p, W v) {
+FASTPEFT_INLINE void store(float* p, W v) {
   *p = static_cast<float>(v);
 }
 
-inline void store(double* p, double v) { *p = v; }
+FASTPEFT_INLINE void store(double* p, double v) { *p = v; }
 
 // Round to nearest, ties to even. Only called with float: a double is rounded to float first, as torch rounds it.
-inline void store(BFloat16* p, float v) {
+FASTPEFT_INLINE void store(BFloat16* p, float v) {
   const uint32_t u = bits_of(v);
   const uint32_t rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   p->bits = static_cast<uint16_t>((u & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
 }
 
-inline void store(Float16* p, float v) {
+FASTPEFT_INLINE void store(Float16* p, float v) {
   const uint32_t sign = (bits_of(v) >> 16) & 0x8000u, u = bits_of(v) & 0x7FFFFFFFu;
   // in [0.5, 1) the last bit of a float weighs 2^-24, like that of a subnormal half: the addition rounds
   const uint32_t small = bits_of(float_of(u) + 0.5f) - bits_of(0.5f);

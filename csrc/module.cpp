@@ -3,8 +3,10 @@
 
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "dropout_cpu.h"
+#include "lowrank.h"
 #ifdef FASTPEFT_CUDA
 #include "dropout_cuda.h"
 #endif
@@ -22,6 +24,45 @@ void dropout(uintptr_t out, int64_t out_stride0, int64_t out_stride1, int out_dt
   if (!fastpeft::dropout_cpu(args, out_dtype, x_dtype, add)) throw std::invalid_argument("dropout: unknown dtype code");
 }
 
+using fastpeft::Matrix;
+
+Matrix matrix(uintptr_t data, int64_t stride, int dtype) { return {reinterpret_cast<void*>(data), stride, dtype}; }
+float* floats(uintptr_t data) { return reinterpret_cast<float*>(data); }
+
+fastpeft::Mask mask(bool on, uint64_t seed, uint32_t threshold, double factor) {
+  return {on, seed, threshold, static_cast<float>(factor)};
+}
+
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+fastpeft::Factor factor(uintptr_t data, const Strides& s, double scale, uintptr_t gain) {
+  return {floats(data), std::get<0>(s), std::get<1>(s), std::get<2>(s), static_cast<float>(scale), floats(gain)};
+}
+
+// f and g share scale and gain: one is a factor's share of a product, the other its gradient
+void lowrank_read(uintptr_t x, int64_t x_stride, int x_dtype, int64_t t, int64_t n, int64_t c, int64_t r, bool dropped,
+                  uint64_t seed, uint32_t threshold, double keep, uintptr_t f, const Strides& strides, double scale,
+                  uintptr_t gain, uintptr_t u, uintptr_t w, int64_t w_stride, uintptr_t g, uintptr_t z, int64_t z_stride,
+                  uintptr_t dgain, int u_dtype, int threads) {
+  fastpeft::lowrank_cpu().read({matrix(x, x_stride, x_dtype), t, n, c, r, mask(dropped, seed, threshold, keep),
+                                factor(f, strides, scale, gain), matrix(u, n * r, u_dtype), matrix(w, w_stride, u_dtype),
+                                factor(g, strides, scale, gain), matrix(z, z_stride, x_dtype), floats(dgain), threads});
+}
+
+void lowrank_write(uintptr_t z, int64_t z_stride, int dtype, int64_t t, int64_t n, int64_t c, int64_t r, bool dropped,
+                   uint64_t seed, uint32_t threshold, double keep, uintptr_t f, const Strides& strides, double scale,
+                   uintptr_t u, int64_t u_stride, bool fresh, uintptr_t bias, uintptr_t gain, uintptr_t y, int threads) {
+  fastpeft::lowrank_cpu().write({matrix(z, z_stride, dtype), t, n, c, r, mask(dropped, seed, threshold, keep),
+                                 factor(f, strides, scale, 0), matrix(u, u_stride, dtype), fresh, floats(bias), floats(gain),
+                                 matrix(y, n * c, dtype), threads});
+}
+
+void lowrank_norm(uintptr_t w, int64_t w_stride, int dtype, int64_t o, int64_t c, int64_t r, uintptr_t a, uintptr_t b,
+                  double scale, uintptr_t out, uintptr_t m, uintptr_t gain, uintptr_t inverse, int threads) {
+  fastpeft::lowrank_cpu().norm({matrix(w, w_stride, dtype), o, c, r, floats(a), floats(b), static_cast<float>(scale),
+                                floats(out), floats(m), floats(gain), floats(inverse), threads});
+}
+
 #ifdef FASTPEFT_CUDA
 void dropout_cuda(uintptr_t out, int64_t out_stride0, int64_t out_stride1, uintptr_t x, int64_t x_stride0,
                   int64_t x_stride1, int dtype, bool add, uint64_t seed, int64_t row0, int64_t rows, int64_t cols,
@@ -37,6 +78,8 @@ void dropout_cuda(uintptr_t out, int64_t out_stride0, int64_t out_stride1, uintp
 
 py::dict build_info() {
   py::dict info;
+  info["lowrank"] = fastpeft::lowrank_isa();
+  info["bf16_products"] = fastpeft::bf16_products();
   info["compiler"] = FASTPEFT_COMPILER;
   info["cpu_sources"] = FASTPEFT_CPU_SOURCES;
   info["cuda_sources"] = FASTPEFT_CUDA_SOURCES;
@@ -52,5 +95,11 @@ PYBIND11_MODULE(_C, m) {
 #ifdef FASTPEFT_CUDA
   m.def("dropout_cuda", &dropout_cuda, py::call_guard<py::gil_scoped_release>());
 #endif
+  if (fastpeft::lowrank_cpu().read != nullptr) {
+    m.def("lowrank_read", &lowrank_read, py::call_guard<py::gil_scoped_release>());
+    m.def("lowrank_write", &lowrank_write, py::call_guard<py::gil_scoped_release>());
+    m.def("lowrank_use", [](const std::string& isa) { return fastpeft::lowrank_use(isa.c_str()); });
+    m.def("lowrank_norm", &lowrank_norm, py::call_guard<py::gil_scoped_release>());
+  }
   m.def("build_info", &build_info);
 }

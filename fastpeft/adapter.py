@@ -25,7 +25,7 @@ class Adapter(nn.Module):
         self.enabled = True
 
     def terms(self, base: Any) -> list[Term]:
-        return [term for m in self.children() for term in m.terms(base)]
+        return [term for m in self._modules.values() for term in m.terms(base)]
 
 
 class AdaptedLinear(nn.Linear):

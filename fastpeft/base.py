@@ -9,9 +9,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
 
-from fastpeft.ops.rownorm import row_sq_norm
-from fastpeft.ops.slabs import quiet_autocast
+from fastpeft.ops.gain import scale_columns, scale_rows
+from fastpeft.ops.rownorm import row_gain, row_sq_norm
+from fastpeft.ops.slabs import quiet_autocast, row_blocks
+
+_W_TRAINS = (
+    "{}: W trains, and the norm's gradient in W is not computed; freeze W, or hold the norm constant (dora: grad='simple')."
+)
+# rows of dz that meet W at a time: fewer, and the product packs W too often
+GEMM_ROWS = 512
+
+
+def _cast(W: Tensor, dtype: torch.dtype) -> Tensor:
+    return W if W.dtype is dtype else W.to(dtype)
 
 
 class Plain:
@@ -40,11 +52,34 @@ class Plain:
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [tokens, in] -> x W^T (+ bias) [tokens, out] in x's dtype; no autograd (ops call it)."""
-        return torch.nn.functional.linear(x, self.W.to(x.dtype), bias)
+        return linear(x, _cast(self.W, x.dtype), bias)
 
-    def grad_linear(self, dz: Tensor) -> Tensor:
-        """dz [tokens, out] -> dz W [tokens, in] in dz's dtype; no autograd (ops call it)."""
-        return dz @ self.W.to(dz.dtype)
+    def forward_onto(self, z: Tensor, x: Tensor) -> None:
+        """z += x W^T in place; x [tokens, in] in z's dtype, z [tokens, out]; no autograd (ops call it)."""
+        z.addmm_(x, _cast(self.W, x.dtype).t())
+
+    def grad_linear(self, dz: Tensor, gain: Tensor | None = None) -> Tensor:
+        """dz [tokens, out] -> (gain * dz) W [tokens, in] in dz's dtype, gain [out]; no autograd (ops call it)."""
+        if gain is None:
+            return torch.mm(dz, _cast(self.W, dz.dtype))
+        dx = dz.new_zeros(dz.shape[0], self.in_features)
+        self.grad_onto(dx, dz, gain)
+        return dx
+
+    def grad_onto(self, dx: Tensor, dz: Tensor, gain: Tensor | None = None) -> None:
+        """dx += (gain * dz) W in place; dx [tokens, in] in dz's dtype, gain [out]; no autograd (ops call it).
+
+        The gain meets the smaller of W and dz, and the latter a slab of rows at a time.
+        """
+        if gain is None:
+            dx.addmm_(dz, _cast(self.W, dz.dtype))
+        elif dz.shape[0] > self.in_features:
+            dx.addmm_(dz, scale_columns(self.W, gain, dz.dtype))
+        elif dz.shape[0] <= GEMM_ROWS:
+            dx.addmm_(scale_rows(dz, gain), _cast(self.W, dz.dtype))
+        else:
+            for s in row_blocks(dz.shape[0], GEMM_ROWS):
+                dx[s].addmm_(scale_rows(dz[s], gain), _cast(self.W, dz.dtype))
 
     def linear(self, rows: Tensor) -> Tensor:
         """rows [R, in] -> rows W^T [R, out] in rows' dtype, differentiable in rows. For methods: W A^T is linear(A)^T."""
@@ -57,11 +92,20 @@ class Plain:
         ||W||^2 + 2<B, W A^T> + ..., which loses every digit where a row nearly cancels.
         """
         if self.W.requires_grad and A is not None and A.requires_grad:
-            raise ValueError(
-                "row_sq_norm: W trains, and the norm's gradient in W is not computed; freeze W, or hold the norm constant "
-                "(dora: grad='simple')."
-            )
+            raise ValueError(_W_TRAINS.format("row_sq_norm"))
         return row_sq_norm(self.W.detach(), A, B)
+
+    def row_gain(
+        self, m: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, *, through_norm: bool = False
+    ) -> Tensor:
+        """m / ||W + scale B A|| of each row, [out] in m's dtype; 1 where that norm is zero. The norm is row_sq_norm's.
+
+        Differentiable in m [out], and with through_norm in A [R, in] and B [out, R] too. Raises ValueError if W trains and the
+        gradient is to go through the norm.
+        """
+        if through_norm and self.W.requires_grad:
+            raise ValueError(_W_TRAINS.format("row_gain"))
+        return row_gain(m, self.W.detach(), A, B, scale, through_norm)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A copy of W [out, in] in `dtype`."""

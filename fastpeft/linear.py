@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,9 @@ from torch import Tensor
 
 from fastpeft.base import Plain
 from fastpeft.ops.dropout import draw_seed
-from fastpeft.ops.seam import Down, Post, Read, Up, Write
-from fastpeft.terms import Bias, Gain, LowRank, Term, validate
-
-IMPLS = ("torch", "triton")
+from fastpeft.ops.family import resolve
+from fastpeft.ops.seam import Down, Plan, Post, Read, Up, Whole, Write
+from fastpeft.terms import Gain, LowRank, Term, validate
 
 
 def adapted_linear(
@@ -54,69 +52,81 @@ def run_terms(
     impl: str | None = None,
 ) -> Tensor:
     """adapted_linear without the checks of terms and x, for callers whose terms were checked when they were built."""
-    resolve_impl(impl)
-    lows = _grouped([t for t in terms if isinstance(t, LowRank)])
-    gain = next((t for t in terms if isinstance(t, Gain)), None)
+    lows: list[LowRank] = []
+    gain, drops, whole = None, False, True
     for t in terms:
-        if isinstance(t, Bias):
+        if isinstance(t, LowRank):
+            lows.append(t)
+            drops = drops or t.dropout > 0.0
+            whole = whole and t.mid is None and t.post is None and t.rows is None
+        elif isinstance(t, Gain):
+            gain = t
+            drops = drops or t.dropout > 0.0
+        else:
             bias = t.b if bias is None else bias + t.b
-    if any(t.dropout for t in lows) or (gain is not None and gain.dropout):
-        seed = draw_seed(x.device) if seed is None else seed
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = base.dtype
-    if autocast and torch.float64 not in (x.dtype, base.dtype):
+    if len(lows) > 1:
+        lows = _grouped(lows)
+        whole = whole and len({id(t.A) for t in lows}) == len(lows)
+    if drops and seed is None:
+        seed = draw_seed(x.device)
+    run = _whole if whole else _with_middles
+    device, dtype = x.device.type, base.dtype
+    if not torch.is_autocast_enabled(device):
+        return run(x, base, bias, lows, gain, seed, dtype, resolve(impl, device, x.dtype, dtype), None)
+    if torch.float64 not in (x.dtype, dtype):
         dtype = torch.get_autocast_dtype(device)
-    if autocast:
-        return _with_autocast_off(device, x, base, bias, lows, gain, seed, dtype)
-    return _seam(x, base, bias, lows, gain, seed, dtype, None)
-
-
-def _with_autocast_off(device: str, x, base, bias, lows, gain, seed, dtype) -> Tensor:
     middle = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return _seam(x, base, bias, lows, gain, seed, dtype, (device, middle))
+        ops = resolve(impl, device, x.dtype, dtype)
+        return run(x, base, bias, lows, gain, seed, dtype, ops, (device, middle))
 
 
-def _seam(x, base, bias, lows, gain, seed, dtype, autocast: tuple[str, torch.dtype] | None) -> Tensor:
+def _whole(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
+    """One Function for terms without a middle."""
+    tensors: list[Tensor | None] = []
+    keep: list[bool] = []
+    weight = base.W if isinstance(base, Plain) and base.W.requires_grad else None
+    grad = torch.is_grad_enabled()
+    keep_x = grad and weight is not None
+    for t in lows:
+        tensors += (t.A, t.B)
+        keep.append(grad and t.B.requires_grad)
+        keep_x = keep_x or (grad and t.A.requires_grad)
+    g, gain_p = (None, 0.0) if gain is None else (gain.g, gain.dropout)
+    keep.append(grad and g is not None and g.requires_grad)
+    reads = tuple([Read(t.dropout, t.blocks, False) for t in lows])
+    writes = tuple([Write(t.scale, t.blocks) for t in lows])
+    plan = Plan(ops, base, dtype, gain_p, reads, writes, keep_x, tuple(keep))
+    return Whole.apply(plan, x, weight, bias, g, seed, *tensors, None)
+
+
+def _with_middles(x, base, bias, lows, gain, seed, dtype, ops, autocast: tuple[str, torch.dtype] | None) -> Tensor:
+    """Down, the middles, Up."""
     reads, slots, tensors = _reads(lows)
     weight = base.W if isinstance(base, Plain) and base.W.requires_grad else None
     grad = torch.is_grad_enabled()
     keep_x = grad and (weight is not None or any(t is not None and t.requires_grad for t in tensors))
-    g = None if gain is None else gain.g
-    gain_p = 0.0 if gain is None else gain.dropout
-    carry, *us = Down.apply(
-        x,
-        weight,
-        base,
-        None if g is None else g.detach(),
-        seed,
-        gain_p,
-        dtype,
-        keep_x,
-        reads,
-        *tensors,
-        None,
-    )
+    g, gain_p = (None, 0.0) if gain is None else (gain.g, gain.dropout)
+    writes = tuple(Write(t.scale, t.blocks) for t in lows if t.post is None)
+    plan = Plan(ops, base, dtype, gain_p, reads, writes, keep_x, ())
+    carry, *us = Down.apply(plan, x, weight, None if g is None else g.detach(), seed, *tensors, None)
     n = len(reads)
     probes: dict[int, Tensor] = {}
     for k, read in enumerate(reads):
         if read.rows:
             probes[k] = us[n + len(probes)]
 
-    writes: list[Write] = []
     pairs: list[Tensor] = []
     extra = None
     for t, k in zip(lows, slots, strict=True):
         v = us[k] if t.mid is None else _middle(t, us[k], probes.get(k), x, dtype, autocast)
         if t.post is None:
-            writes.append(Write(t.scale, t.blocks))
             pairs += (v, t.B)
         else:
             added = Post.apply(v, t.B, t.scale, t.post)
             extra = added if extra is None else extra + added
     keep = (*(grad and B.requires_grad for B in pairs[1::2]), grad and g is not None and g.requires_grad)
-    return Up.apply(x.detach(), carry, base, bias, g, extra, seed, gain_p, tuple(writes), keep, *pairs, None)
+    return Up.apply(plan._replace(keep=keep), x.detach(), carry, bias, g, extra, seed, *pairs, None)
 
 
 def _reads(lows: list[LowRank]) -> tuple[tuple[Read, ...], list[int], list[Tensor | None]]:
@@ -182,16 +192,3 @@ def check_input(x: Tensor, base: Any) -> None:
         raise TypeError(
             f"adapted_linear: x is {x.dtype} but the base is {base.dtype}; cast x, or run under torch.autocast."
         )
-
-
-def resolve_impl(impl: str | None) -> str:
-    """The implementation that runs: the argument, else FASTPEFT_IMPL, else "torch". Never falls back silently."""
-    chosen = impl or os.environ.get("FASTPEFT_IMPL") or "torch"
-    if chosen not in IMPLS:
-        raise ValueError(f"adapted_linear: impl={chosen!r} does not exist; choose one of {', '.join(IMPLS)}.")
-    if chosen == "triton":
-        raise RuntimeError(
-            "adapted_linear: impl='triton' was asked for, but this version has no Triton kernel for the low-rank family; "
-            "use impl='torch' (CPU and CUDA) or leave it unset."
-        )
-    return chosen

@@ -8,8 +8,9 @@ from tolerance import assert_fp64
 from torch import nn
 
 import fastpeft
+from fastpeft.method.dylora import set_rank
 from fastpeft.ops.dropout import draw_seed
-from fastpeft.terms import LowRank
+from fastpeft.terms import Gain, LowRank
 
 DT = torch.float64
 
@@ -50,6 +51,44 @@ def check_dB():
 def check_dropout():
     for name, pair in lora_gap(p=0.4).items():
         assert_fp64(*pair, f"{name} with dropout")
+
+
+def site_gap(blocks=1, gain=False):
+    """adapted_linear and the dense formula, with block-diagonal factors or a gain and a bias: {name: (got, want)}."""
+    torch.manual_seed(3)
+    x, W, b = rand(3, 7, 12), rand(8, 12, grad=False), rand(8, grad=False)
+    A, B = (rand(4, 12), rand(8, 4)) if blocks == 1 else (rand(blocks, 4, 12 // blocks), rand(blocks, 8 // blocks, 4))
+    g = rand(8) if gain else None
+    terms = [LowRank(A, B, 1.7, blocks=blocks)] + ([Gain(g)] if gain else [])
+    got = fastpeft.adapted_linear(x, W, b, terms)
+    want = papers.site(x, W, b, [papers.low_rank(x, A, B, 1.7, blocks=blocks)], g)
+    leaves = {"x": x, "A": A, "B": B} | ({"g": g} if gain else {})
+    d = torch.randn_like(want)
+    pairs = zip(*(torch.autograd.grad(y, list(leaves.values()), d) for y in (got, want)), strict=True)
+    return {"y": (got, want)} | dict(zip((f"d{n}" for n in leaves), pairs, strict=True))
+
+
+def check_blocks():
+    for name, pair in site_gap(blocks=4).items():
+        assert_fp64(*pair, f"{name} with blocks")
+
+
+def check_gain():
+    for name, pair in site_gap(gain=True).items():
+        assert_fp64(*pair, f"{name} with a gain")
+
+
+def check_dylora_ranks():
+    """Each rank that set_rank puts in use is LoRA's with the factors cut to it."""
+    torch.manual_seed(4)
+    layer = fastpeft.AdaptedLinear(12, 10, method="dylora", rank=4, alpha=6, dtype=DT).eval()
+    perturb(layer)
+    own, x = layer.adapter.dylora, rand(5, 12, grad=False)
+    for rank in (4, 2, 3, 1):
+        set_rank(layer, rank)
+        A, B = own.A[:rank], own.B[:, :rank]
+        want = papers.lora(x, layer.weight, layer.bias, A, B, 6 / rank)
+        assert_fp64(layer(x), want, f"y at rank {rank}")
 
 
 def check_dora_after_fused_step():

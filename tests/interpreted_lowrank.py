@@ -40,6 +40,9 @@ def _cases():
         yield SHAPES[n % 2], rank, dtypes, (0.0, 0.3)[n % 2], LAYOUTS[n % 3]
     for layout in LAYOUTS:
         yield (65, 72, 48, 2), 3, (F32, F32), 0.3, layout
+    # under dropout a block that begins inside a tile needs one tile more
+    for dtypes in ((F32, F32), (F16, F32)):
+        yield (9, 381, 36, 3), 8, dtypes, 0.3, "plain"
 
 
 def _name(case):
@@ -132,6 +135,21 @@ def test_down(case, parts):
 
 
 @cases
+@pytest.mark.parametrize("bias", [None, F32, torch.bfloat16, F16], ids=str)
+def test_up(case, bias):
+    """What memory held before, here NaN, is neither read nor left anywhere."""
+    m = make(case)
+    b = None if bias is None else lay(torch.randn(m.dz.shape[1], 1).to(bias), m.layout)[:, 0]
+    got = ops.up(lay(m.v, m.layout), m.B, SCALE, m.n, b)
+    b = torch.zeros(m.dz.shape[1]) if b is None else b
+    want, plain = in_fp64_and_plain(
+        lambda v, B, b: SCALE * (v @ B.T) + b, m.dtype, v=m.v, B=dense_b(m.B), b=b
+    )
+    assert_as_good(got, want, plain, "z")
+    assert got.is_contiguous()
+
+
+@cases
 def test_up_add(case):
     m = make(case)
     got = lay(m.dz.clone(), m.layout)
@@ -190,6 +208,15 @@ def test_du_db_gain(case, parts):
     # a dot product per column: like BLAS the interpreter adds a tile's rows one after another, where .sum(0) adds in a tree
     want, plain = in_fp64_and_plain(lambda dy, z: torch.einsum("to,to->o", dy, z), gain.dtype, dy=m.dz, z=z)
     assert_as_good(dgain, want, plain, "dgain")
+
+
+@cases
+def test_dx(case):
+    m = make(case)
+    got = ops.dx(lay(m.u, m.layout), m.A, **m.how)
+    want, plain = in_fp64_and_plain(lambda u, k, A: k * (u @ A), m.dtype, u=m.u, k=m.mask, A=dense_a(m.A))
+    assert_as_good(got, want, plain, "dx")
+    assert got.is_contiguous()
 
 
 @cases
@@ -290,7 +317,9 @@ def everything(t, n):
         "y": ops.up_add_gain(z, m.v, m.B, SCALE, n, gain, gain),
         "z": z,
         "z2": z2,
+        "z fresh": ops.up(m.v, m.B, SCALE, n, gain),
         "dx": dx,
+        "dx fresh": ops.dx(m.u, m.A, **m.how),
         "dA": ops.da(m.x, m.u, m.A, **m.how),
         **dict(zip(("du", "dB"), ops.du_db(m.dz, m.v, m.B, SCALE, n, need_du=True, need_db=True), strict=True)),
         **dict(
@@ -320,6 +349,7 @@ def test_no_tokens(n):
         assert got[name].numel() and not got[name].any(), name
     for name in ("u", "y", "z", "dx", "du", "dz g", "du g"):
         assert got[name].shape[0] == 0 and got[name].dim() == 2, name
+    assert got["z fresh"].shape == (0, 35) and got["dx fresh"].shape == (0, 40)
 
 
 def test_nan_and_inf_pass_through_dropout():
@@ -342,6 +372,10 @@ def test_offsets_past_two_to_the_31():
     v, B, z = torch.randn(t, 2).half(), torch.randn(i, 2), x.clone()
     both = [ops.du_db(d, v, B, 1.0, 1, need_du=True, need_db=True) for d in (x, z)]
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    how = dict(seed=None, p=0.0, blocks=1)
+    square = torch.randn(i, i)
+    assert torch.equal(ops.up(x, square, 1.0, 1, None), ops.up(z, square, 1.0, 1, None))
+    assert torch.equal(ops.dx(x, square, **how), ops.dx(z, square, **how))
     ops.up_add(x, v, B, 1.0, 1)
     ops.up_add(z, v, B, 1.0, 1)
     assert torch.equal(x, z)
@@ -382,7 +416,10 @@ def test_wrong_sizes_and_seeds_are_refused():
     for call in (
         lambda: ops.down(x, A[:, :7], F32, **how),
         lambda: ops.up_add(x, v, B, SCALE, 1),
+        lambda: ops.up(v[:, :1], B, SCALE, 1, None),
+        lambda: ops.up(v, B, SCALE, 1, torch.ones(7)),
         lambda: ops.dx_add(x, v[:, :1], A, **how),
+        lambda: ops.dx(v[:, :1], A, **how),
         lambda: ops.da(x[:2], v, A, **how),
         lambda: ops.du_db(x, v, B, SCALE, 1, need_du=True, need_db=True),
         lambda: ops.up_add_gain(x, v, A.T, SCALE, 1, torch.ones(7), None),
@@ -400,10 +437,12 @@ def test_opcheck_of_every_operator():
     gain, p = torch.randn(12), 0.3
     calls = {
         "lowrank_down": (m.x, m.A, F32, SEED, p, 2),
+        "lowrank_up": (m.v, m.B, SCALE, 2, gain),
         "lowrank_up_add": (m.dz, m.v, m.B, SCALE, 2),
         "lowrank_up_add_gain": (m.dz, m.v, m.B, SCALE, 2, gain, None),
         "lowrank_du_db": (m.dz, m.v, m.B, SCALE, 2, True, True),
         "lowrank_du_db_gain": (m.dz, m.dz.clone(), m.v, m.B, SCALE, 2, gain, True, False, True),
+        "lowrank_dx": (m.u, m.A, SEED, p, 2),
         "lowrank_dx_add": (m.x, m.u, m.A, SEED, p, 2),
         "lowrank_da": (m.x, m.u, m.A, SEED, p, 2),
     }

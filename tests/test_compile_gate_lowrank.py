@@ -62,7 +62,9 @@ def test_scale_dropout_rate_and_length_do_not_compile_again():
             hash_
             for call in (
                 lambda: k.down(x, A, x.dtype, seed, p, 1),
+                lambda: k.up(u, B, scale, 1, None),
                 lambda: k.up_add(x, u, B, scale, 1),
+                lambda: k.dx(u, A, seed, p, 1),
                 lambda: k.dx_add(x, u, A, seed, p, 1),
                 lambda: k.da(x, u, A, seed, p, 1),
                 lambda: k.du_db(x, u, B, scale, 1, True, True),

@@ -11,6 +11,7 @@ from tolerance import assert_as_good, assert_fp64
 
 import fastpeft
 from fastpeft import adapted_linear
+from fastpeft.ops import seam
 from fastpeft.terms import Bias, Gain, LowRank
 
 IN, OUT, R = 8, 6, 3
@@ -95,8 +96,11 @@ def assert_same(leaves, got, want):
 CASES = [(n, g) for n in LOW_RANK for g in GAIN if not (n.startswith("post") and g != "none")]
 
 
+@pytest.mark.parametrize("one_pass", [False, True])
 @pytest.mark.parametrize(("name", "gain"), CASES)
-def test_equals_dense_formula(name, gain):
+def test_equals_dense_formula(name, gain, one_pass, monkeypatch):
+    """Where the adapter is added to the base product, as for few numbers, and where it comes first."""
+    monkeypatch.setattr(seam, "ONE_PASS", 0 if one_pass else 1 << 60)
     leaves, W, b, terms, dense = problem(LOW_RANK[name], GAIN[gain])
     assert_same(leaves, adapted_linear(leaves["x"], W, b, terms, seed=SEED), dense())
 
@@ -107,7 +111,7 @@ def test_gradcheck(name, gain):
     assert torch.autograd.gradcheck(lambda *_: adapted_linear(leaves["x"], W, b, terms, seed=SEED), tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("name", ["forward", "dx", "dA", "dB", "dropout", "dora_after_fused_step"])
+@pytest.mark.parametrize("name", ["forward", "dx", "dA", "dB", "dropout", "blocks", "gain", "dylora_ranks", "dora_after_fused_step"])
 def test_small_checks(name):
     getattr(checks, f"check_{name}")()
 

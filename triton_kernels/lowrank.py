@@ -2,6 +2,7 @@
 
     shrink   u = s * drop(x) F              down: F = A^T        du: F = B
     expand   z += s * mask * (u F)          up_add: F = B^T      dx_add: F = A       and y = gain * z + bias in the same pass
+             z = s * mask * (u F) + bias    up                  dx             a fresh z, onto which a GEMM may add
     outer    G = s * drop(x)^T w            dA, dB               and du, dz = gain * dy, dgain in the same pass over dy
 
 Letters: n blocks, each of c columns and rank r; x, z [t, n * c] and u, w [t, n * r] with any strides, F [n, c, r] read in
@@ -91,10 +92,11 @@ def expand_kernel(
     sz_t, sz_c, su_t, su_r, sf_n, sf_c, sf_r, sy_t,
     scale, threshold,
     BT: tl.constexpr, BC: tl.constexpr, BR: tl.constexpr, RANK_TILES: tl.constexpr, DOT: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr, HAS_GAIN: tl.constexpr, HAS_BIAS: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """z [t, n * c] += scale * mask * (u F^T) in place; with HAS_GAIN also y = gain * z + bias.
 
+    With FRESH, which excludes HAS_GAIN, z = scale * mask * (u F^T) + bias and what z held is not read.
     per_block: column tiles of one block, col_tiles: of all. Grid: (token tiles * col_tiles).
     """
     pid = tl.program_id(0)
@@ -129,7 +131,11 @@ def expand_kernel(
         acc *= keep(tl.load(seed), rows, first, threshold, BT, BC, tl.float32)
     mask = (rows < t)[:, None] & inside[None, :]
     at = z + rows[:, None] * sz_t + wide[None, :] * sz_c
-    total = tl.load(at, mask, 0.0).to(tl.float32) + acc * scale
+    total = acc * scale
+    if not FRESH:
+        total += tl.load(at, mask, 0.0).to(tl.float32)
+    elif HAS_BIAS:
+        total += tl.load(bias + cols, inside, 0.0).to(tl.float32)[None, :]
     tl.store(at, total.to(z.dtype.element_ty), mask)
     if HAS_GAIN:
         total *= tl.load(gain + cols, inside, 0.0).to(tl.float32)[None, :]
@@ -248,6 +254,11 @@ def down(x: Tensor, A: Tensor, dtype: torch.dtype, seed: Tensor | None, p: float
     return _shrink(x, f.transpose(1, 2), dtype, _inverse(p), seed, p)
 
 
+def up(v: Tensor, B: Tensor, scale: float, blocks: int, bias: Tensor | None) -> Tensor:
+    """A fresh z = scale * v B^T + bias [t, o] in v's dtype; v [t, n * r], B [o, r] or [n, o / n, r], bias [o]."""
+    return _fresh(v, _blocked(B), scale, None, 0.0, _contiguous(bias))
+
+
 def up_add(z: Tensor, v: Tensor, B: Tensor, scale: float, blocks: int) -> None:
     """z += scale * v B^T in place; z [t, o], v [t, n * r], B [o, r] or [n, o / n, r]."""
     _expand(z, v, _blocked(B), z.dtype, scale, None, 0.0, None, None)
@@ -267,9 +278,14 @@ def up_add_gain(
         None,
         0.0,
         (gain.contiguous(), y),
-        None if bias is None else bias.contiguous(),
+        _contiguous(bias),
     )
     return y
+
+
+def dx(du: Tensor, A: Tensor, seed: Tensor | None, p: float, blocks: int) -> Tensor:
+    """A fresh dx = mask * (du A) [t, i] in du's dtype; du [t, n * r], A [r, i] or [n, r, i / n]."""
+    return _fresh(du, _blocked(A).transpose(1, 2), _inverse(p), seed, p, None)
 
 
 def dx_add(dx: Tensor, du: Tensor, A: Tensor, seed: Tensor | None, p: float, blocks: int) -> None:
@@ -333,11 +349,21 @@ def _shrink(x: Tensor, f: Tensor, dtype: torch.dtype, scale: float, seed: Tensor
     return out
 
 
+def _fresh(u: Tensor, f: Tensor, scale: float, seed: Tensor | None, p: float, bias: Tensor | None) -> Tensor:
+    """scale * mask * (u F^T) + bias [t, n * c] in u's dtype; f [n, c, r]."""
+    z = memory.empty((u.shape[0], f.shape[0] * f.shape[1]), u.dtype, u.device)
+    _expand(z, u, f, u.dtype, scale, seed, p, None, bias, fresh=True)
+    return z
+
+
 def _expand(
     z: Tensor, u: Tensor, f: Tensor, dot: torch.dtype, scale: float, seed: Tensor | None, p: float,
-    gained: tuple[Tensor, Tensor] | None, bias: Tensor | None,
+    gained: tuple[Tensor, Tensor] | None, bias: Tensor | None, fresh: bool = False,
 ) -> None:  # fmt: skip
-    """z += scale * mask * (u F^T) in place; f [n, c, r]; gained: (gain, y) where y = gain * z + bias is wanted."""
+    """z += scale * mask * (u F^T) in place; f [n, c, r]; gained: (gain, y) where y = gain * z + bias is wanted.
+
+    fresh: z = scale * mask * (u F^T) + bias whatever z held.
+    """
     t, (n, c, r) = z.shape[0], f.shape
     gain, y = gained or (None, z)
     _check_shapes((t, n * c), z=z)
@@ -355,7 +381,7 @@ def _expand(
         *z.stride(), *u.stride(), *f.stride(), y.stride(0),
         scale, _threshold(p),
         BT=tile.rows, BC=tile.cols, BR=tile.rank, RANK_TILES=triton.cdiv(r, tile.rank), DOT=_TL[dot],
-        HAS_DROPOUT=p > 0.0, HAS_GAIN=gained is not None, HAS_BIAS=bias is not None,
+        HAS_DROPOUT=p > 0.0, HAS_GAIN=gained is not None, HAS_BIAS=bias is not None, FRESH=fresh,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -441,6 +467,10 @@ def _check_shapes(shape: tuple[int, ...], **tensors: Tensor | None) -> None:
 def _blocked(factor: Tensor) -> Tensor:
     """[n, rows, cols] of a factor that may lack the block dimension; a view."""
     return factor if factor.dim() == 3 else factor[None]
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
 
 
 def _col_tiles(c: int, cols: int, p: float) -> int:

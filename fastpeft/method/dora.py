@@ -16,8 +16,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastpeft.method.lora import peft_lora, scaling
 from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
@@ -27,12 +26,6 @@ from fastpeft.terms import Gain, LowRank, Term
 def peft_dora(options: Mapping[str, Any]) -> dict[str, Any]:
     """PEFT LoraConfig fields of DoRA's options."""
     return peft_lora(options) | {"use_dora": True}
-
-
-def magnitude_gain(m: Tensor, sq_norm: Tensor) -> Tensor:
-    """m / sqrt(sq_norm), 1 where sq_norm is zero; the inner `where` stands before the root so that no gradient is NaN."""
-    zero = sq_norm == 0
-    return torch.where(zero, 1.0, m / torch.where(zero, 1.0, sq_norm).sqrt())
 
 
 @method("dora", paper="arXiv 2402.09353")
@@ -73,10 +66,6 @@ class DoRA(Method):
 
     def terms(self, base: Any) -> list[Term]:
         p = self.dropout if self.training else 0.0
-        B = self.B * self.scale
-        if self.grad == "full":
-            sq_norm = base.row_sq_norm(self.A, B)
-        else:
-            sq_norm = base.row_sq_norm(self.A.detach(), B.detach())
-        gain = magnitude_gain(self.m, sq_norm)
-        return [LowRank(self.A, B, dropout=p), Gain(gain, dropout=p if self.dropout_base else 0.0)]
+        gain = base.row_gain(self.m, self.A, self.B, self.scale, through_norm=self.grad == "full")
+        low = LowRank(self.A, self.B, self.scale, dropout=p)
+        return [low, Gain(gain, dropout=p if self.dropout_base else 0.0)]

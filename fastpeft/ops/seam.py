@@ -1,11 +1,19 @@
-"""The seam: one pair of autograd Functions per adapted linear, however many terms it has.
+"""The seam: how one adapted linear meets autograd, however many terms it has.
 
+    Whole(x, A_1, B_1, ...) -> y                     where no term has a middle: one Function
     Down(x, A_1..A_n)  -> carry, u_1..u_n (, p_i of the terms with router rows)
     Up(x, carry, v_1..v_n, B_1..B_n) -> y            v_i = mid_i(u_i), ordinary PyTorch between the two
 
-`carry` is a tensor of y's shape and no storage. In backward, Up passes dz (the gradient of the base product) as its
+`carry` is a tensor of y's shape and no storage. In backward, Up passes what the base product's gradient starts from as its
 cotangent, without a copy; autograd runs the middles; Down then holds everything for one fused dx = dz W + sum du A. So the
 base product's backward is fused with the adapter's, although du is known only after the middle's own backward.
+
+The arithmetic is written once, in four steps that Whole runs back to back and Down and Up share: read, write, and their
+backward, write_back and read_back. `ops` is the family that computes them: fastpeft.ops.lowrank or .lowrank_triton.
+
+The adapter's share is written first and the base product accumulates onto it, so nobody reads y twice: the frozen layer
+spends the same pass on its bias. A family that is LATE hands dy on instead of dz = g * dy, and the gain meets W or one slab
+of dy at a time; then no [tokens, out] tensor is formed for it.
 
 Saved for backward: x where a tensor that meets it trains, v_i where B_i trains, z where a gain trains, and R-sized factors.
 Dropout is regenerated from the seed. Extra varargs end with a None, because Dynamo drops ctx from a Function whose forward
@@ -14,6 +22,7 @@ has exactly two varargs when nothing requires grad (torch 2.13).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +33,11 @@ from fastpeft.ops import gain as gain_ops
 from fastpeft.ops import lowrank
 from fastpeft.ops.dropout import dropout, dropout_add_
 from fastpeft.ops.slabs import quiet_autocast
+
+# numbers of y from which reading it twice costs more than the vendor's product saves by adding the bias itself
+ONE_PASS = 1 << 15
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class Read(NamedTuple):
@@ -41,6 +55,73 @@ class Write(NamedTuple):
     blocks: int
 
 
+class Plan(NamedTuple):
+    """What a call knows beside its tensors: one argument, because each argument of a Function costs time in both directions.
+
+    dtype: y's.   gain_p: the gain's own dropout.   keep_x: whether x is saved.   keep: which u_i (of Whole) or v_i (of Up)
+    are saved, then whether z is.
+    """
+
+    ops: Any
+    base: Any
+    dtype: torch.dtype
+    gain_p: float
+    reads: tuple[Read, ...]
+    writes: tuple[Write, ...]
+    keep_x: bool
+    keep: tuple[bool, ...]
+
+
+class Whole(torch.autograd.Function):
+    """y [*lead, out] from x [*lead, in] and terms without a middle; tensors: A_1, B_1, A_2, B_2, ..., None.
+
+    `weight` is the base weight if it trains, else None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: Plan,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        seed: Tensor | None,
+        *tensors: Tensor | None,
+    ) -> Tensor:
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        down, dtype = plan.ops.down, plan.dtype
+        us = [
+            down(x2, A, dtype, seed=seed, p=read.p, blocks=read.blocks)
+            for A, read in zip(tensors[:-1:2], plan.reads, strict=True)
+        ]
+        y, z = write(plan, x2, bias, gain, seed, None, us, tensors[1::2])
+        kept = [u if k else None for u, k in zip(us, plan.keep, strict=False)]
+        ctx.save_for_backward(
+            x if plan.keep_x else None, z if plan.keep[-1] else None, gain, seed, *tensors[:-1], *kept
+        )
+        ctx.plan, ctx.x_shape, ctx.x_dtype = plan, x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    @once_differentiable
+    @quiet_autocast
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, gain, seed, *rest = ctx.saved_tensors
+        n = len(ctx.plan.writes)
+        As, Bs, us, need = rest[: 2 * n : 2], rest[1 : 2 * n : 2], rest[2 * n :], ctx.needs_input_grad
+        need_as = need[6:-1:2]
+        need_us = [need[1] or a for a in need_as]
+        bias_dtype = ctx.bias_dtype if need[3] else None
+        dz, dus, dBs, dgain, dbias, _ = write_back(
+            ctx.plan, dy, z, gain, us, Bs, need_us, need[7::2], need[4], bias_dtype, False
+        )
+        dx, dW, dAs = read_back(ctx, x, dz, gain, seed, dus, As, need[1], need[2], need_as)
+        out = [g for pair in zip(dAs, dBs, strict=True) for g in pair]
+        return (None, dx, dW, dbias, dgain, None, *out, None)
+
+
 class Down(torch.autograd.Function):
     """x [..., in] -> carry [tokens, out], u_i [tokens, R_i], p_i [tokens, P_i].
 
@@ -50,29 +131,24 @@ class Down(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         x: Tensor,
         weight: Tensor | None,
-        base: Any,
         gain: Tensor | None,
         seed: Tensor | None,
-        gain_p: float,
-        dtype: torch.dtype,
-        keep_x: bool,
-        reads: tuple[Read, ...],
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         x2 = x.reshape(-1, x.shape[-1])
         us, ps = [], []
-        for k, read in enumerate(reads):
+        for k, read in enumerate(plan.reads):
             A, rows = tensors[2 * k], tensors[2 * k + 1]
-            us.append(lowrank.down(x2, A, dtype, seed=seed, p=read.p, blocks=read.blocks))
+            us.append(plan.ops.down(x2, A, plan.dtype, seed=seed, p=read.p, blocks=read.blocks))
             if read.rows:
-                ps.append(lowrank.down(x2, rows, dtype, seed=None, p=0.0, blocks=1))
+                ps.append(plan.ops.down(x2, rows, plan.dtype, seed=None, p=0.0, blocks=1))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x if keep_x else None, gain if gain_p else None, seed, *tensors)
-        ctx.base, ctx.gain_p, ctx.dtype, ctx.reads = base, gain_p, dtype, reads
-        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
-        carry = x.new_empty((), dtype=dtype).expand(x2.shape[0], base.out_features)
+        ctx.save_for_backward(x if plan.keep_x else None, gain, seed, *tensors[:-1])
+        ctx.plan, ctx.x_shape, ctx.x_dtype = plan, x.shape, x.dtype
+        carry = x.new_empty((), dtype=plan.dtype).expand(x2.shape[0], plan.base.out_features)
         return (carry, *us, *ps)
 
     @staticmethod
@@ -80,118 +156,232 @@ class Down(torch.autograd.Function):
     @quiet_autocast
     def backward(ctx: Any, dz: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, gain, seed, *tensors = ctx.saved_tensors
-        n = len(ctx.reads)
-        x2 = None if x is None else x.reshape(-1, x.shape[-1])
-        dus, dps = grads[:n], iter(grads[n:])
-        pairs = [(du, next(dps) if read.rows else None) for du, read in zip(dus, ctx.reads, strict=True)]
-
-        dropped = None if gain is None or dz is None else gain_ops.scale_rows(dz, gain - 1)  # [t, o] what meets drop(x) W^T
-        dx = _dx(ctx, dz, dropped, seed, pairs, tensors) if ctx.needs_input_grad[0] else None
-        dW = _dw(ctx, x2, dz, dropped, seed) if ctx.needs_input_grad[1] else None
-
+        n, da = len(ctx.plan.reads), ctx.plan.ops.da
+        given, need = iter(grads[n:]), ctx.needs_input_grad
+        dps = [next(given) if read.rows else None for read in ctx.plan.reads]
+        As, rows = tensors[::2], tensors[1::2]
+        dx, dW, dAs = read_back(
+            ctx, x, dz, gain, seed, grads[:n], As, need[1], need[2], need[5:-1:2], (dps, rows)
+        )
         out: list[Tensor | None] = []
-        for k, (read, (du, dp)) in enumerate(zip(ctx.reads, pairs, strict=True)):
-            A, rows = tensors[2 * k], tensors[2 * k + 1]
-            need_a, need_rows = ctx.needs_input_grad[9 + 2 * k], ctx.needs_input_grad[10 + 2 * k]
-            out.append(
-                lowrank.da(x2, du, A, seed=seed, p=read.p, blocks=read.blocks) if need_a and du is not None else None
-            )
-            out.append(lowrank.da(x2, dp, rows, seed=None, p=0.0, blocks=1) if need_rows and dp is not None else None)
-        return (dx, dW, None, None, None, None, None, None, None, *out, None)
-
-
-def _dx(ctx: Any, dz, dropped, seed, pairs, tensors) -> Tensor:
-    """dz W + mask * (dropped W) + sum of mask * (du A) + dp rows, in x's shape and dtype."""
-    tokens = next(g.shape[0] for g in (dz, *(g for pair in pairs for g in pair)) if g is not None)
-    if dz is None:
-        factor = tensors[0] if tensors[0] is not None else seed
-        dx = torch.zeros(tokens, ctx.x_shape[-1], dtype=ctx.dtype, device=factor.device)
-    else:
-        dx = ctx.base.grad_linear(dz)
-    if dropped is not None:
-        dropout_add_(dx, ctx.base.grad_linear(dropped), seed, ctx.gain_p)
-    for k, (read, (du, dp)) in enumerate(zip(ctx.reads, pairs, strict=True)):
-        if du is not None:
-            lowrank.dx_add(dx, du, tensors[2 * k], seed=seed, p=read.p, blocks=read.blocks)
-        if dp is not None:
-            lowrank.dx_add(dx, dp, tensors[2 * k + 1], seed=None, p=0.0, blocks=1)
-    return dx.reshape(ctx.x_shape).to(ctx.x_dtype)
-
-
-def _dw(ctx: Any, x2, dz, dropped, seed) -> Tensor | None:
-    """dW of a base weight that trains (nothing in an adapter asks for it; a user who unfreezes W gets it)."""
-    if dz is None:
-        return None
-    xs = x2.to(ctx.dtype)
-    dW = dz.T @ xs
-    if dropped is not None:
-        dW.addmm_(dropped.T, dropout(xs, seed, ctx.gain_p))
-    return dW.to(ctx.base.dtype)
+        for dA, dp, row, need_row in zip(dAs, dps, rows, need[6:-1:2], strict=True):
+            wanted = need_row and dp is not None
+            out += (dA, da(_flat(x), dp, row, seed=None, p=0.0, blocks=1) if wanted else None)
+        return (None, dx, dW, None, None, *out, None)
 
 
 class Up(torch.autograd.Function):
     """y [*lead, out] from the detached x, the carry and v_i [tokens, R'_i].
 
-    tensors: v_1, B_1, v_2, ... , None. extra [tokens, out]: what terms with `post` add. The carry's cotangent is
-    dz = g * dy; with dropout in the gain it is dy, and Down adds the dropped part.
+    tensors: v_1, B_1, v_2, ... , None. extra [tokens, out]: what terms with `post` add.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         x: Tensor,
         carry: Tensor,
-        base: Any,
         bias: Tensor | None,
         gain: Tensor | None,
         extra: Tensor | None,
         seed: Tensor | None,
-        gain_p: float,
-        writes: tuple[Write, ...],
-        keep: tuple[bool, ...],
         *tensors: Tensor | None,
     ) -> Tensor:
-        dtype = carry.dtype
-        x2 = x.reshape(-1, x.shape[-1]).to(dtype)
-        bias_y = None if bias is None else bias.to(dtype)
-        plain = gain is None
-        y = base.forward(x2, bias_y if plain or gain_p else None)
-        z = base.forward(dropout(x2, seed, gain_p)) if gain_p else y
-        if gain_p:
-            y.sub_(z)
-        for k, write in enumerate(writes):
-            lowrank.up_add(z, tensors[2 * k], tensors[2 * k + 1], write.scale, write.blocks)
-        if extra is not None:
-            z.add_(extra)
-        if gain_p:
-            gain_ops.add_scaled_rows_(y, z, gain)
-        elif not plain:
-            y = gain_ops.scale_rows(z, gain, bias)
-
-        saved = [t if k % 2 or keep[k // 2] else None for k, t in enumerate(tensors[:-1])]
-        ctx.save_for_backward(z if gain is not None and keep[-1] else None, gain, *saved)
-        ctx.gain_p, ctx.writes = gain_p, writes
+        vs, Bs = tensors[:-1:2], tensors[1::2]
+        y, z = write(plan, _flat(x), bias, gain, seed, extra, vs, Bs)
+        kept = [v if k else None for v, k in zip(vs, plan.keep, strict=False)]
+        ctx.save_for_backward(z if plan.keep[-1] else None, gain, *kept, *Bs)
+        ctx.plan = plan
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+        return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
     @once_differentiable
     @quiet_autocast
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        z, gain, *tensors = ctx.saved_tensors
-        dy = dy.reshape(-1, dy.shape[-1])
-        dz = dy if gain is None else gain_ops.scale_rows(dy, gain)
-        dgain = gain_ops.grad_gain(dy, z, gain.dtype) if ctx.needs_input_grad[4] else None
-        dbias = _sum_rows(dy, ctx.bias_dtype) if ctx.needs_input_grad[3] else None
-        dextra = dz if ctx.needs_input_grad[5] else None
-        out: list[Tensor | None] = []
-        for k, write in enumerate(ctx.writes):
-            v, B = tensors[2 * k], tensors[2 * k + 1]
-            need_v, need_b = ctx.needs_input_grad[10 + 2 * k], ctx.needs_input_grad[11 + 2 * k]
-            out.append(lowrank.du(dz, B, write.scale, write.blocks) if need_v else None)
-            out.append(lowrank.db(dz, v, B, write.scale, write.blocks) if need_b else None)
-        carry = dy if ctx.gain_p else dz
-        return (None, carry, None, dbias, dgain, dextra, None, None, None, None, *out, None)
+        z, gain, *rest = ctx.saved_tensors
+        n, need = len(ctx.plan.writes), ctx.needs_input_grad
+        bias_dtype = ctx.bias_dtype if need[3] else None
+        dz, dvs, dBs, dgain, dbias, dextra = write_back(
+            ctx.plan, dy, z, gain, rest[:n], rest[n:], need[7:-1:2], need[8::2], need[4], bias_dtype, need[5]
+        )
+        out = [g for pair in zip(dvs, dBs, strict=True) for g in pair]
+        return (None, None, dz, dbias, dgain, dextra, None, *out, None)
+
+
+def write(
+    plan: Plan,
+    x2: Tensor,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    extra: Tensor | None,
+    vs: Sequence[Tensor],
+    Bs: Sequence[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """y [tokens, out] and, with a gain, z: what the gain multiplies."""
+    base = plan.base
+    if x2.dtype is not plan.dtype:
+        x2 = x2.to(plan.dtype)
+    if bias is not None and bias.dtype is not plan.dtype:
+        bias = bias.to(plan.dtype)
+    if gain is None:
+        y = _sum(plan, x2, bias, vs, Bs)
+        return (y if extra is None else y.add_(extra)), None
+    if plan.gain_p:
+        y = base.forward(x2, bias)
+        z = base.forward(dropout(x2, seed, plan.gain_p))
+        y.sub_(z)
+        for write, v, B in zip(plan.writes, vs, Bs, strict=True):
+            plan.ops.up_add(z, v, B, write.scale, write.blocks)
+        gain_ops.add_scaled_rows_(y, z if extra is None else z.add_(extra), gain)
+        return y, z
+    if not plan.writes or extra is not None:
+        z = _sum(plan, x2, None, vs, Bs)
+        return gain_ops.scale_rows(z if extra is None else z.add_(extra), gain, bias), z
+    z = _sum(plan, x2, None, vs[:-1], Bs[:-1])
+    last = plan.writes[-1]
+    return plan.ops.up_add_gain(z, vs[-1], Bs[-1], last.scale, last.blocks, gain, bias), z
+
+
+def _sum(plan: Plan, x2: Tensor, bias: Tensor | None, vs: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
+    """bias + sum of s v B^T + x W^T, of as many terms as there are v: the adapter's share first, the base product onto it."""
+    if not vs:
+        return plan.base.forward(x2, bias)
+    if x2.shape[0] * plan.base.out_features < ONE_PASS:
+        y = plan.base.forward(x2, bias)
+        for k, v in enumerate(vs):
+            plan.ops.up_add(y, v, Bs[k], *plan.writes[k])
+        return y
+    scale, blocks = plan.writes[0]
+    y = plan.ops.up(vs[0], Bs[0], scale, blocks, bias)
+    for k in range(1, len(vs)):
+        plan.ops.up_add(y, vs[k], Bs[k], *plan.writes[k])
+    plan.base.forward_onto(y, x2)
+    return y
+
+
+def write_back(
+    plan: Plan,
+    dy: Tensor,
+    z: Tensor | None,
+    gain: Tensor | None,
+    vs: Sequence[Tensor | None],
+    Bs: Sequence[Tensor],
+    need_vs: Sequence[bool],
+    need_bs: Sequence[bool],
+    need_gain: bool,
+    bias_dtype: torch.dtype | None,
+    need_extra: bool,
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None], Tensor | None, Tensor | None, Tensor | None]:
+    """What the base product's gradient starts from, dv_i, dB_i, dgain, dbias, dextra.
+
+    The first is dz = g * dy; dy itself without a gain, with a LATE family, and with dropout in the gain, where read_back
+    adds the dropped part.
+    """
+    ops, dy = plan.ops, _flat(dy)
+    dbias = None if bias_dtype is None else _sum_rows(dy, bias_dtype)
+    dvs: list[Tensor | None] = []
+    dBs: list[Tensor | None] = []
+    dz, dgain = dy, None
+    scaled = gain is not None and not (ops.LATE or plan.gain_p)
+    for k, write in enumerate(plan.writes):
+        v, B, need_v, need_b = vs[k], Bs[k], need_vs[k], need_bs[k]
+        if gain is None or (scaled and k):
+            dv, dB = ops.du_db(dz, v, B, write.scale, write.blocks, need_du=need_v, need_db=need_b)
+        else:
+            first = need_gain and k == 0
+            given, dv, dB, dg = ops.du_db_gain(
+                dy, z if first else None, v, B, write.scale, write.blocks, gain,
+                need_du=need_v, need_db=need_b, need_dgain=first,
+            )  # fmt: skip
+            dgain = dg if first else dgain
+            dz = given if scaled else dz
+        dvs.append(dv)
+        dBs.append(dB)
+    if gain is not None and not plan.writes:
+        dgain = gain_ops.grad_gain(dy, z, gain.dtype) if need_gain else None
+        dz = gain_ops.scale_rows(dy, gain) if scaled else dy
+    dextra = None
+    if need_extra:
+        dextra = dz if gain is None or scaled else gain_ops.scale_rows(dy, gain)
+    return dz, dvs, dBs, dgain, dbias, dextra
+
+
+def read_back(
+    ctx: Any,
+    x: Tensor | None,
+    dz: Tensor | None,
+    gain: Tensor | None,
+    seed: Tensor | None,
+    dus: Sequence[Tensor | None],
+    As: Sequence[Tensor],
+    need_x: bool,
+    need_w: bool,
+    need_as: Sequence[bool],
+    probes: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] = ((), ()),
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
+    """dx in x's shape and dtype, dW of a base weight that trains, dA_i. probes: dp_i and the rows that p_i came through."""
+    plan = ctx.plan
+    dropped = None
+    if gain is not None and plan.gain_p:
+        dropped = None if dz is None else gain_ops.scale_rows(dz, gain - 1)  # [t, o] what meets drop(x) W^T
+        gain = None
+    elif not plan.ops.LATE:
+        gain = None
+    dx = _dx(ctx, dz, gain, dropped, seed, dus, As, *probes) if need_x else None
+    x2 = None if x is None else _flat(x)
+    dW = _dw(plan, x2, dz, gain, dropped, seed) if need_w and dz is not None else None
+    dAs = [
+        plan.ops.da(x2, du, A, seed=seed, p=read.p, blocks=read.blocks) if need and du is not None else None
+        for read, du, A, need in zip(plan.reads, dus, As, need_as, strict=True)
+    ]
+    return dx, dW, dAs
+
+
+def _dx(ctx: Any, dz, gain, dropped, seed, dus, As, dps, rows) -> Tensor:
+    """(g *) dz W + mask * (dropped W) + sum of mask * (du A) + dp rows: the adapter's share first, as in the forward."""
+    plan, dx = ctx.plan, None
+    ops, base = plan.ops, plan.base
+    for read, du, A in zip(plan.reads, dus, As, strict=True):
+        if du is None:
+            continue
+        if dx is None:
+            dx = ops.dx(du, A, seed=seed, p=read.p, blocks=read.blocks)
+        else:
+            ops.dx_add(dx, du, A, seed=seed, p=read.p, blocks=read.blocks)
+    for dp, row in zip(dps, rows, strict=True):
+        if dp is None:
+            continue
+        if dx is None:
+            dx = ops.dx(dp, row, seed=None, p=0.0, blocks=1)
+        else:
+            ops.dx_add(dx, dp, row, seed=None, p=0.0, blocks=1)
+    if dx is None:
+        dx = base.grad_linear(dz, gain)
+    elif dz is not None:
+        base.grad_onto(dx, dz, gain)
+    if dropped is not None:
+        dropout_add_(dx, base.grad_linear(dropped), seed, plan.gain_p)
+    if len(ctx.x_shape) != 2:
+        dx = dx.reshape(ctx.x_shape)
+    return dx if dx.dtype is ctx.x_dtype else dx.to(ctx.x_dtype)
+
+
+def _dw(plan: Plan, x2, dz, gain, dropped, seed) -> Tensor:
+    """dW of a base weight that trains (nothing in an adapter asks for it; a user who unfreezes W gets it)."""
+    xs = x2.to(plan.dtype)
+    dW = dz.T @ xs
+    if gain is not None:
+        dW = dW * gain[:, None]
+    if dropped is not None:
+        dW.addmm_(dropped.T, dropout(xs, seed, plan.gain_p))
+    return dW.to(plan.base.dtype)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:

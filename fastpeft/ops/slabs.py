@@ -17,10 +17,14 @@ def slabs(rows: int, width: int, itemsize: int) -> Iterator[slice]:
 
     (Inductor fuses what the slabs are for, and a loop over a symbolic number of rows would recompile per length.)
     """
+    return row_blocks(rows, max(1, SLAB_BYTES // max(1, width * itemsize)))
+
+
+def row_blocks(rows: int, step: int) -> Iterator[slice]:
+    """Slices that cover `rows` rows, `step` at a time; one slice while torch.compile traces."""
     if torch.compiler.is_compiling():
         yield slice(0, rows)
         return
-    step = max(1, SLAB_BYTES // max(1, width * itemsize))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
 

@@ -1,0 +1,94 @@
+// The low-rank products beside a base product on the CPU: what is as thin as the rank on one side.
+//
+//   shrink   u = (mask * x) F^T                      down: F = A      du: F = s B^T
+//   outer    G = s * w^T (mask * x)                  dA: w = du       dB^T: w = v     dgain = sum over tokens of x * z
+//   expand   z (+)= mask * (u F) + bias              up: F = s B^T    dx: F = A       and y = gain * z + bias
+//   norm     ||W + B A||^2 of each row
+//
+// n blocks of c columns and rank r. x, z [t, n * c] and u, w [t, n * r] have rows of any stride and columns of stride one;
+// F and G are [n, r, c], fp32. Products and sums are formed in fp32; results are rounded once to their dtype.
+// dtypes: 1 float32, 2 bfloat16, 3 float16.
+#pragma once
+
+#include <cstdint>
+
+namespace fastpeft {
+
+struct Matrix {
+  void* data;
+  int64_t stride;  // of rows, in numbers
+  int dtype;
+};
+
+struct Mask {
+  bool on;
+  uint64_t seed;
+  uint32_t threshold;
+  float factor;
+};
+
+// Factors of any layout, in fp32: entry [n, r, c] lies at n * sn + r * sr + c * sc, and stands for scale * gain[c] times what
+// is stored there (gain of all n * c columns, or null). Read, they are packed first; written, gain and scale come last.
+struct Factor {
+  float* data;
+  int64_t sn, sr, sc;
+  float scale;
+  const float* gain;
+};
+
+// f and u, w and g, z and dgain come together or are null
+struct ReadArgs {
+  Matrix x;
+  int64_t t, n, c, r;
+  Mask mask;
+  Factor f;
+  Matrix u;
+  Matrix w;
+  Factor g;
+  Matrix z;
+  float* dgain;
+  int threads;
+};
+
+// fresh: z = ..., else z += ...; y != null: y = gain * z + bias, else bias is added to z. f.data == null: only that y, of z as it is
+struct WriteArgs {
+  Matrix z;
+  int64_t t, n, c, r;
+  Mask mask;
+  Factor f;
+  Matrix u;
+  bool fresh;
+  const float* bias;
+  const float* gain;
+  Matrix y;
+  int threads;
+};
+
+// out = ||W + scale B A||^2; with m: gain = m / ||...|| and inverse = 1 / ||...||, 1 and 0 where the norm is zero, and no out
+struct NormArgs {
+  Matrix w;  // [o, c]
+  int64_t o, c, r;
+  const float* a;  // [r, c]
+  const float* b;  // [o, r]
+  float scale;
+  float* out;
+  const float* m;
+  float *gain, *inverse;
+  int threads;
+};
+
+struct LowRank {
+  void (*read)(const ReadArgs&);
+  void (*write)(const WriteArgs&);
+  void (*norm)(const NormArgs&);
+};
+
+// The functions for this processor; null members where none was built for it (they need AVX2 and FMA at least).
+LowRank lowrank_cpu();
+const char* lowrank_isa();
+// Take another build from now on, for tests; false, and nothing changes, if this processor does not run it.
+bool lowrank_use(const char* isa);
+// Whether this processor multiplies bfloat16 itself: then a vendor's bfloat16 product does twice the work per instruction.
+bool bf16_products();
+
+}  // namespace fastpeft

@@ -1,0 +1,272 @@
+"""The low-rank products in C++ (csrc/lowrank.h), registered in torch.library; fastpeft.ops.lowrank decides when they run.
+
+Factors come as they are, A [r, c] or [n, r, c], or as B [c, r] or [n, c, r] with `up`; their constants are folded in while
+they are read, in fp32: a factor is not rounded to x's dtype. Operators without an autograd formula, with fakes; only the
+seam's Functions call them. Plain tensors skip the dispatcher, which costs as much as a small product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from fastpeft.ops.dropout import _EXTENSION, _threshold, backend
+
+DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_BUILT = hasattr(_EXTENSION, "lowrank_read")
+_BF16 = _BUILT and _EXTENSION.build_info()["bf16_products"]
+_NO_FACTOR = (0, 0, 0)
+# numbers of x below which one C++ product costs as much as torch's; several in one call are always worth it
+SMALL = 1 << 15
+
+
+def runs(x: Tensor, numbers: int | None = None) -> bool:
+    """Whether the C++ products take x [rows, cols]: on the CPU, of rows of stride one, at least `numbers` large, not traced."""
+    if not _BUILT or x.numel() < (SMALL if numbers is None else numbers) or x.device.type != "cpu":
+        return False
+    if x.dtype not in DTYPES or x.stride(1) != 1:
+        return False
+    return not torch.compiler.is_compiling() and backend() != "torch"
+
+
+def writes(u: Tensor, cols: int, blocks: int, p: float, z: Tensor | None = None) -> bool:
+    """Whether they write [t, cols] of u's dtype, fresh or onto z: where there are blocks or a mask; else BLAS is as quick."""
+    if (blocks == 1 and p == 0.0) or u.shape[0] * cols < SMALL or not runs(u, 0):
+        return False
+    return z is None or (z.dtype is u.dtype and z.stride(1) == 1)
+
+
+def thin_in_torch(dtype: torch.dtype, blocks: int) -> bool:
+    """Whether torch's x A^T without a mask is quicker: in bf16, by processors that multiply it."""
+    return blocks == 1 and _BF16 and dtype is torch.bfloat16
+
+
+def read(
+    x: Tensor,
+    factor: Tensor,
+    dtype: torch.dtype,
+    *,
+    up: bool = False,
+    scale: float = 1.0,
+    gain: Tensor | None = None,
+    need_u: bool = True,
+    w: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+    z: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over x [t, n * c]: u = drop(x) F^T [t, n * r] in `dtype`, the gradient of F for u's gradient w in the factor's
+    shape, and dgain = the sum over t of x * z [n * c]; the last two in fp32. F is scale * gain * factor, gain [n * c] or None;
+    with `up` the factor is [c, r] or [n, c, r]. w [t, n * r] has `dtype`, z x's. What is not asked for is an empty tensor."""
+    factor = factor if factor.dtype is torch.float32 else factor.float()
+    gain = gain if gain is None or (gain.dtype is torch.float32 and gain.is_contiguous()) else gain.float().contiguous()
+    run = _run_read if _plain(x, factor) else _READ
+    return run(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z)
+
+
+def write(
+    z: Tensor, u: Tensor, factor: Tensor, *, up: bool = False, scale: float = 1.0, seed: Tensor | None = None, p: float = 0.0
+) -> None:
+    """z += scale * mask * (u F) in place; z [t, n * c], u [t, n * r] of z's dtype, F the factor or with `up` its transpose."""
+    _WRITE(z, u, factor.float(), up, scale, seed, p)
+
+
+def write_gain(z: Tensor, u: Tensor, B: Tensor, scale: float, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """z += scale * u B^T in place, and y = gain * z + bias [t, n * c] in z's dtype; gain, bias [n * c]."""
+    bias = None if bias is None else bias.float().contiguous()
+    run = _run_write_gain if _plain(z, B) else _WRITE_GAIN
+    return run(z, u, B.float(), scale, gain.float().contiguous(), bias)
+
+
+def scale_columns(z: Tensor, gain: Tensor, bias: Tensor | None) -> Tensor:
+    """gain * z + bias, [t, c] in z's dtype; gain, bias [c] in any dtype."""
+    return _SCALE(z, gain.float().contiguous(), None if bias is None else bias.float().contiguous())
+
+
+def fresh(
+    u: Tensor,
+    factor: Tensor,
+    *,
+    up: bool = False,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+    seed: Tensor | None = None,
+    p: float = 0.0,
+) -> Tensor:
+    """scale * mask * (u F) + bias, [t, n * c] in u's dtype; bias [n * c]."""
+    return _FRESH(u, factor.float(), up, scale, None if bias is None else bias.float().contiguous(), seed, p)
+
+
+def norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """||W + scale B A||^2 of each row, [o] in fp32; W [o, c], A [r, c], B [o, r]."""
+    return _NORM(W, A.float().contiguous(), B.float().contiguous(), scale)
+
+
+def row_gain(m: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """m / ||W + scale B A|| and 1 / ||W + scale B A|| of each row, [o] in fp32; 1 and 0 where the norm is zero."""
+    run = _run_row_gain if _plain(W, A) else _ROW_GAIN
+    return run(m.float().contiguous(), W, A.float().contiguous(), B.float().contiguous(), scale)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether these are torch's own tensors and no subclass that must see the call (fake, functional, distributed)."""
+    return all(type(t) is Tensor or type(t) is Parameter for t in tensors)
+
+
+def _mask(seed: Tensor | None, p: float) -> tuple[bool, int, int, float]:
+    if p == 0.0 or seed is None:
+        return False, 0, 0, 1.0
+    return True, int(seed.item()) & 0xFFFFFFFFFFFFFFFF, _threshold(p), 1.0 / (1.0 - p)
+
+
+def _at(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _layout(factor: Tensor, up: bool) -> tuple[int, int, int, tuple[int, int, int]]:
+    """n, r, c and the strides of n, r and c of A, or with `up` of B."""
+    n, sn = (1, 0) if factor.dim() == 2 else (factor.shape[0], factor.stride(0))
+    r, c, sr, sc = (*factor.shape[-2:], *factor.stride()[-2:])
+    if n == 1:
+        sn = r * c
+    return (n, c, r, (sn, sc, sr)) if up else (n, r, c, (sn, sr, sc))
+
+
+def _run_read(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z):
+    n, r, c, strides = _layout(factor, up)
+    u, g, dgain = _fake_read(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z)
+    if w is not None:
+        w = w if w.stride(1) == 1 else w.contiguous()
+        if not need_u:
+            strides = _layout(g, up)[3]
+        elif g.stride() != factor.stride():
+            factor = factor.contiguous()
+            strides = _layout(factor, up)[3]
+    _EXTENSION.lowrank_read(
+        x.data_ptr(), x.stride(0), DTYPES[x.dtype], x.shape[0], n, c, r, *_mask(seed, p),
+        factor.data_ptr() if need_u else 0, strides, scale, _at(gain),
+        u.data_ptr() if need_u else 0, _at(w), 0 if w is None else w.stride(0), g.data_ptr() if w is not None else 0,
+        _at(z), 0 if z is None else z.stride(0), dgain.data_ptr() if z is not None else 0,
+        DTYPES[dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return u, g, dgain
+
+
+def _fake_read(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z):
+    n, r, _, _ = _layout(factor, up)
+    return (
+        x.new_empty((x.shape[0], n * r) if need_u else 0, dtype=dtype),
+        x.new_empty(factor.shape if w is not None else 0, dtype=torch.float32),
+        x.new_empty(x.shape[1] if z is not None else 0, dtype=torch.float32),
+    )
+
+
+def _run(z, u, factor, up, scale, seed, p, is_fresh, bias, gain, y) -> None:
+    n, r, c, strides = (1, 0, z.shape[1], _NO_FACTOR) if factor is None else _layout(factor, up)
+    u = u if u is None or u.stride(1) == 1 else u.contiguous()
+    _EXTENSION.lowrank_write(
+        z.data_ptr(), z.stride(0), DTYPES[z.dtype], z.shape[0], n, c, r, *_mask(seed, p), _at(factor), strides, scale,
+        _at(u), 0 if u is None else u.stride(0), is_fresh, _at(bias), _at(gain), _at(y), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _run_write(z, u, factor, up, scale, seed, p):
+    _run(z, u, factor, up, scale, seed, p, False, None, None, None)
+
+
+def _run_write_gain(z, u, B, scale, gain, bias):
+    y = z.new_empty(z.shape)
+    _run(z, u, B, True, scale, None, 0.0, False, bias, gain, y)
+    return y
+
+
+def _run_scale(z, gain, bias):
+    y = z.new_empty(z.shape)
+    _run(z, None, None, False, 1.0, None, 0.0, False, bias, gain, y)
+    return y
+
+
+def _run_fresh(u, factor, up, scale, bias, seed, p):
+    z = _fake_fresh(u, factor, up, scale, bias, seed, p)
+    _run(z, u, factor, up, scale, seed, p, True, bias, None, None)
+    return z
+
+
+def _fake_fresh(u, factor, up, scale, bias, seed, p):
+    n, _, c, _ = _layout(factor, up)
+    return u.new_empty((u.shape[0], n * c))
+
+
+def _norm(W, A, B, scale, out, m, gain, inverse) -> None:
+    _EXTENSION.lowrank_norm(
+        W.data_ptr(), W.stride(0), DTYPES[W.dtype], W.shape[0], W.shape[1], A.shape[0], A.data_ptr(), B.data_ptr(), scale,
+        _at(out), _at(m), _at(gain), _at(inverse), torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def _run_norm(W, A, B, scale):
+    out = W.new_empty(W.shape[0], dtype=torch.float32)
+    _norm(W, A, B, scale, out, None, None, None)
+    return out
+
+
+def _run_row_gain(m, W, A, B, scale):
+    gain, inverse = m.new_empty(W.shape[0]), m.new_empty(W.shape[0])
+    _norm(W, A, B, scale, None, m, gain, inverse)
+    return gain, inverse
+
+
+_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
+_OPERATORS = (
+    (
+        "cpu_lowrank_read(Tensor x, Tensor factor, ScalarType dtype, bool up, float scale, Tensor? gain, bool need_u, Tensor? w,"
+        " Tensor? seed, float p, Tensor? z) -> (Tensor u, Tensor g, Tensor dgain)",
+        _run_read,
+        _fake_read,
+    ),
+    (
+        "cpu_lowrank_write(Tensor(a!) z, Tensor u, Tensor factor, bool up, float scale, Tensor? seed, float p) -> ()",
+        _run_write,
+        lambda *a: None,
+    ),
+    (
+        "cpu_lowrank_write_gain(Tensor(a!) z, Tensor u, Tensor B, float scale, Tensor gain, Tensor? bias) -> Tensor",
+        _run_write_gain,
+        lambda z, *a: z.new_empty(z.shape),
+    ),
+    (
+        "cpu_lowrank_scale(Tensor z, Tensor gain, Tensor? bias) -> Tensor",
+        _run_scale,
+        lambda z, *a: z.new_empty(z.shape),
+    ),
+    (
+        "cpu_lowrank_fresh(Tensor u, Tensor factor, bool up, float scale, Tensor? bias, Tensor? seed, float p) -> Tensor",
+        _run_fresh,
+        _fake_fresh,
+    ),
+    (
+        "cpu_lowrank_norm(Tensor W, Tensor A, Tensor B, float scale) -> Tensor",
+        _run_norm,
+        lambda W, *a: W.new_empty(W.shape[0], dtype=torch.float32),
+    ),
+    (
+        "cpu_lowrank_row_gain(Tensor m, Tensor W, Tensor A, Tensor B, float scale) -> (Tensor gain, Tensor inverse)",
+        _run_row_gain,
+        lambda m, W, *a: (m.new_empty(W.shape[0]), m.new_empty(W.shape[0])),
+    ),
+)
+for _schema, _function, _fake in _OPERATORS:
+    _name = _schema.partition("(")[0]
+    _LIBRARY.define(_schema)
+    _LIBRARY.impl(_name, _function, "CPU")
+    torch.library.register_fake(f"fastpeft::{_name}", _fake, lib=_LIBRARY)
+
+# looked up once: resolving torch.ops.fastpeft.<name> costs microseconds a call
+_READ = torch.ops.fastpeft.cpu_lowrank_read.default
+_WRITE = torch.ops.fastpeft.cpu_lowrank_write.default
+_WRITE_GAIN = torch.ops.fastpeft.cpu_lowrank_write_gain.default
+_SCALE = torch.ops.fastpeft.cpu_lowrank_scale.default
+_FRESH = torch.ops.fastpeft.cpu_lowrank_fresh.default
+_NORM = torch.ops.fastpeft.cpu_lowrank_norm.default
+_ROW_GAIN = torch.ops.fastpeft.cpu_lowrank_row_gain.default
