@@ -64,23 +64,42 @@ struct WriteArgs {
   int threads;
 };
 
-// out = ||W + scale B A||^2; with m: gain = m / ||...|| and inverse = 1 / ||...||, 1 and 0 where the norm is zero, and no out
+// out = ||W + scale B A||^2, or, without out, inverse = 1 / ||W + scale B A|| and rest = 0; where that norm is zero, 0 and 1
 struct NormArgs {
   Matrix w;  // [o, c]
   int64_t o, c, r;
   const float* a;  // [r, c]
   const float* b;  // [o, r]
   float scale;
-  float* out;
-  const float* m;
-  float *gain, *inverse;
+  float *out, *inverse, *rest;
   int threads;
+};
+
+// One term on a small layer, all of it, in fp32 and contiguous: x [t, i], w [o, i], a [r, i], b [o, r], y [t, o].
+// kept: u [t, r], and with a gain z [t, o], the gain [o] and what the given one was multiplied by [o].
+struct SmallForward {
+  const float *x, *w, *a, *b, *bias, *gain;
+  float *y, *kept;
+  int64_t t, i, o, r;
+  float scale;
+  bool over;  // the gain is divided by the norms of the rows of w + scale b a
+};
+
+// null: not wanted
+struct SmallBackward {
+  const float *x, *w, *a, *b, *kept, *dy;
+  float *dx, *da, *db, *dbias, *dgain;
+  int64_t t, i, o, r;
+  float scale;
+  bool has_gain;
 };
 
 struct LowRank {
   void (*read)(const ReadArgs&);
   void (*write)(const WriteArgs&);
   void (*norm)(const NormArgs&);
+  void (*small_forward)(const SmallForward&);
+  void (*small_backward)(const SmallBackward&);
 };
 
 // The functions for this processor; null members where none was built for it (they need AVX2 and FMA at least).

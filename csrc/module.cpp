@@ -58,9 +58,23 @@ void lowrank_write(uintptr_t z, int64_t z_stride, int dtype, int64_t t, int64_t 
 }
 
 void lowrank_norm(uintptr_t w, int64_t w_stride, int dtype, int64_t o, int64_t c, int64_t r, uintptr_t a, uintptr_t b,
-                  double scale, uintptr_t out, uintptr_t m, uintptr_t gain, uintptr_t inverse, int threads) {
+                  double scale, uintptr_t out, uintptr_t inverse, uintptr_t rest, int threads) {
   fastpeft::lowrank_cpu().norm({matrix(w, w_stride, dtype), o, c, r, floats(a), floats(b), static_cast<float>(scale),
-                                floats(out), floats(m), floats(gain), floats(inverse), threads});
+                                floats(out), floats(inverse), floats(rest), threads});
+}
+
+void small_forward(uintptr_t x, uintptr_t w, uintptr_t a, uintptr_t b, uintptr_t bias, uintptr_t gain, uintptr_t y,
+                   uintptr_t kept, int64_t t, int64_t i, int64_t o, int64_t r, double scale, bool over) {
+  fastpeft::lowrank_cpu().small_forward({floats(x), floats(w), floats(a), floats(b), floats(bias), floats(gain), floats(y),
+                                         floats(kept), t, i, o, r, static_cast<float>(scale), over});
+}
+
+void small_backward(uintptr_t x, uintptr_t w, uintptr_t a, uintptr_t b, uintptr_t kept, uintptr_t dy, uintptr_t dx,
+                    uintptr_t da, uintptr_t db, uintptr_t dbias, uintptr_t dgain, int64_t t, int64_t i, int64_t o, int64_t r,
+                    double scale, bool has_gain) {
+  fastpeft::lowrank_cpu().small_backward({floats(x), floats(w), floats(a), floats(b), floats(kept), floats(dy), floats(dx),
+                                          floats(da), floats(db), floats(dbias), floats(dgain), t, i, o, r,
+                                          static_cast<float>(scale), has_gain});
 }
 
 #ifdef FASTPEFT_CUDA
@@ -98,6 +112,8 @@ PYBIND11_MODULE(_C, m) {
   if (fastpeft::lowrank_cpu().read != nullptr) {
     m.def("lowrank_read", &lowrank_read, py::call_guard<py::gil_scoped_release>());
     m.def("lowrank_write", &lowrank_write, py::call_guard<py::gil_scoped_release>());
+    m.def("small_forward", &small_forward);
+    m.def("small_backward", &small_backward);
     m.def("lowrank_use", [](const std::string& isa) { return fastpeft::lowrank_use(isa.c_str()); });
     m.def("lowrank_norm", &lowrank_norm, py::call_guard<py::gil_scoped_release>());
   }

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from fastpeft.ops.gain import scale_columns, scale_rows
 from fastpeft.ops.rownorm import row_gain, row_sq_norm
-from fastpeft.ops.slabs import quiet_autocast, row_blocks
+from fastpeft.ops.slabs import once, row_blocks
 
 _W_TRAINS = (
     "{}: W trains, and the norm's gradient in W is not computed; freeze W, or hold the norm constant (dora: grad='simple')."
@@ -49,6 +48,11 @@ class Plain:
     @property
     def device(self) -> torch.device:
         return self.W.device
+
+    @property
+    def trains(self) -> bool:
+        """Whether W wants a gradient (a user unfroze it): ops read `W` itself then."""
+        return self.W.requires_grad
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [tokens, in] -> x W^T (+ bias) [tokens, out] in x's dtype; no autograd (ops call it)."""
@@ -95,17 +99,14 @@ class Plain:
             raise ValueError(_W_TRAINS.format("row_sq_norm"))
         return row_sq_norm(self.W.detach(), A, B)
 
-    def row_gain(
-        self, m: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, *, through_norm: bool = False
-    ) -> Tensor:
+    def row_gain(self, m: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, *, constant: bool = False) -> Tensor:
         """m / ||W + scale B A|| of each row, [out] in m's dtype; 1 where that norm is zero. The norm is row_sq_norm's.
 
-        Differentiable in m [out], and with through_norm in A [R, in] and B [out, R] too. Raises ValueError if W trains and the
-        gradient is to go through the norm.
+        Differentiable in m [out] and, unless the norm is `constant`, in A [R, in] and B [out, R]; ValueError if W trains then.
         """
-        if through_norm and self.W.requires_grad:
+        if not constant and self.W.requires_grad:
             raise ValueError(_W_TRAINS.format("row_gain"))
-        return row_gain(m, self.W.detach(), A, B, scale, through_norm)
+        return row_gain(m, self.W.detach(), A, B, scale, not constant)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A copy of W [out, in] in `dtype`."""
@@ -119,7 +120,6 @@ class _BaseLinear(torch.autograd.Function):
         return base.forward(rows)
 
     @staticmethod
-    @once_differentiable
-    @quiet_autocast
+    @once
     def backward(ctx, d: Tensor):
         return ctx.base.grad_linear(d), None

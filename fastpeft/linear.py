@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastpeft.base import Plain
+from fastpeft.ops import lowrank, small
 from fastpeft.ops.dropout import draw_seed
 from fastpeft.ops.family import resolve
-from fastpeft.ops.seam import Down, Plan, Post, Read, Up, Whole, Write
+from fastpeft.ops.seam import Down, One, OnePlan, Plan, Post, Read, Up, Whole, Write
 from fastpeft.terms import Gain, LowRank, Term, validate
 
 
@@ -52,24 +53,13 @@ def run_terms(
     impl: str | None = None,
 ) -> Tensor:
     """adapted_linear without the checks of terms and x, for callers whose terms were checked when they were built."""
-    lows: list[LowRank] = []
-    gain, drops, whole = None, False, True
-    for t in terms:
-        if isinstance(t, LowRank):
-            lows.append(t)
-            drops = drops or t.dropout > 0.0
-            whole = whole and t.mid is None and t.post is None and t.rows is None
-        elif isinstance(t, Gain):
-            gain = t
-            drops = drops or t.dropout > 0.0
-        else:
-            bias = t.b if bias is None else bias + t.b
-    if len(lows) > 1:
-        lows = _grouped(lows)
-        whole = whole and len({id(t.A) for t in lows}) == len(lows)
-    if drops and seed is None:
+    if len(terms) == 1 and type(terms[0]) is LowRank:
+        lows, gain = [terms[0]], None
+    else:
+        lows, gain, bias = _sorted(terms, bias)
+    run = _run_for(base, lows, gain)
+    if seed is None and ((gain is not None and gain.dropout > 0.0) or any([t.dropout > 0.0 for t in lows])):
         seed = draw_seed(x.device)
-    run = _whole if whole else _with_middles
     device, dtype = x.device.type, base.dtype
     if not torch.is_autocast_enabled(device):
         return run(x, base, bias, lows, gain, seed, dtype, resolve(impl, device, x.dtype, dtype), None)
@@ -81,18 +71,68 @@ def run_terms(
         return run(x, base, bias, lows, gain, seed, dtype, ops, (device, middle))
 
 
+def _gain(base: Any, gain: Gain | None) -> Tensor | None:
+    """The factor [out] itself."""
+    if gain is None or gain.over is None:
+        return None if gain is None else gain.g
+    low = gain.over
+    return base.row_gain(gain.g, low.A, low.B, low.scale, constant=True)
+
+
+def _sorted(terms: Sequence[Term], bias: Tensor | None) -> tuple[list[LowRank], Gain | None, Tensor | None]:
+    """LowRank terms, fused where they can be, the gain, and the bias with every Bias."""
+    lows: list[LowRank] = []
+    gain = None
+    for t in terms:
+        if type(t) is LowRank:
+            lows.append(t)
+        elif type(t) is Gain:
+            gain = t
+        else:
+            bias = t.b if bias is None else bias + t.b
+    return (_grouped(lows) if len(lows) > 1 else lows), gain, bias
+
+
+def _run_for(base: Any, lows: list[LowRank], gain: Gain | None) -> Callable[..., Tensor]:
+    """The Function, or Functions, that these terms need."""
+    for t in lows:
+        if t.mid is not None or t.post is not None or t.rows is not None:
+            return _with_middles
+    if len(lows) == 1 and (gain is None or gain.dropout == 0.0) and not base.trains:
+        return _one
+    return _whole if len({id(t.A) for t in lows}) == len(lows) else _with_middles
+
+
+def _one(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
+    """One term, no middle."""
+    (t,) = lows
+    A, B = t.A, t.B
+    if t.dropout == 0.0 and t.blocks == 1 and ops is lowrank and dtype is torch.float32:
+        over = gain is not None and gain.over is not None
+        m = None if gain is None else gain.g
+        if (not over or gain.over is t) and small.takes(x, base.W, A, B, bias, m):
+            return small.Small.apply(x, A, B, bias, m, base.W, t.scale, over)
+    g = _gain(base, gain)
+    if torch.is_grad_enabled():
+        keep = (A.requires_grad, B.requires_grad, g is not None and g.requires_grad)
+    else:
+        keep = (False, False, False)
+    plan = OnePlan(ops, base, dtype, t.dropout, t.blocks, t.scale, *keep)
+    return One.apply(plan, x, A, B, bias, g, seed)
+
+
 def _whole(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
     """One Function for terms without a middle."""
     tensors: list[Tensor | None] = []
     keep: list[bool] = []
-    weight = base.W if isinstance(base, Plain) and base.W.requires_grad else None
+    weight = base.W if base.trains else None
     grad = torch.is_grad_enabled()
     keep_x = grad and weight is not None
     for t in lows:
         tensors += (t.A, t.B)
         keep.append(grad and t.B.requires_grad)
         keep_x = keep_x or (grad and t.A.requires_grad)
-    g, gain_p = (None, 0.0) if gain is None else (gain.g, gain.dropout)
+    g, gain_p = _gain(base, gain), 0.0 if gain is None else gain.dropout
     keep.append(grad and g is not None and g.requires_grad)
     reads = tuple([Read(t.dropout, t.blocks, False) for t in lows])
     writes = tuple([Write(t.scale, t.blocks) for t in lows])
@@ -103,10 +143,10 @@ def _whole(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
 def _with_middles(x, base, bias, lows, gain, seed, dtype, ops, autocast: tuple[str, torch.dtype] | None) -> Tensor:
     """Down, the middles, Up."""
     reads, slots, tensors = _reads(lows)
-    weight = base.W if isinstance(base, Plain) and base.W.requires_grad else None
+    weight = base.W if base.trains else None
     grad = torch.is_grad_enabled()
     keep_x = grad and (weight is not None or any(t is not None and t.requires_grad for t in tensors))
-    g, gain_p = (None, 0.0) if gain is None else (gain.g, gain.dropout)
+    g, gain_p = _gain(base, gain), 0.0 if gain is None else gain.dropout
     writes = tuple(Write(t.scale, t.blocks) for t in lows if t.post is None)
     plan = Plan(ops, base, dtype, gain_p, reads, writes, keep_x, ())
     carry, *us = Down.apply(plan, x, weight, None if g is None else g.detach(), seed, *tensors, None)

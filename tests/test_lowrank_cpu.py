@@ -14,8 +14,9 @@ import torch
 from tolerance import assert_as_good
 
 import fastpeft
-from fastpeft.ops import lowrank, lowrank_cpu
+from fastpeft.ops import lowrank, lowrank_cpu, small
 from fastpeft.ops.rownorm import row_gain, row_sq_norm
+from fastpeft.terms import Gain, LowRank
 
 ROOT = Path(__file__).resolve().parents[1]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -82,7 +83,7 @@ def gradient(like, left, right):
 def counted(monkeypatch):
     """Calls of the C++ operators: a test of a fallback would prove nothing."""
     calls = []
-    for name in ("read", "write", "write_gain", "fresh", "scale_columns", "norm", "row_gain"):
+    for name in ("read", "write", "write_gain", "fresh", "scale_columns", "norm", "inverse_norm"):
         real = getattr(lowrank_cpu, name)
         monkeypatch.setattr(lowrank_cpu, name, lambda *a, real=real, name=name, **k: (calls.append(name), real(*a, **k))[1])
     return calls
@@ -170,7 +171,7 @@ def test_row_gain(counted):
             truth.append([g, *torch.autograd.grad(g, own if through else own[:1], torch.ones(35, dtype=dtype))])
         for k, (a, want, plain) in enumerate(zip((got, *grads), *truth, strict=True)):
             assert_as_good(a.detach(), want.detach(), plain.detach(), f"result {k}")
-    assert counted == ["row_gain", "row_gain"]
+    assert counted == ["inverse_norm", "inverse_norm"]
 
 
 def test_a_row_that_nearly_cancels():
@@ -239,6 +240,55 @@ def test_layers_equal_fp64():
             assert_as_good(got, want, reference, f"{method} p={p} result {k}")
 
 
+@pytest.mark.parametrize("lead", [(1,), (4,), (2, 5), (3, 1, 7)], ids=str)
+@pytest.mark.parametrize("bias", [None, "frozen", "trains"])
+@pytest.mark.parametrize("gain", [None, "plain", "over"])
+@pytest.mark.parametrize(("i", "o", "r"), [(40, 35, 5), (64, 64, 8), (7, 30, 2)])
+def test_a_small_layer_in_one_call(lead, bias, gain, i, o, r, monkeypatch):
+    """As good as the composition that a user would write, in every part; also with an x that needs no gradient."""
+    calls = []
+    real = small.Small.apply
+    monkeypatch.setattr(small.Small, "apply", lambda *a: (calls.append(1), real(*a))[1])
+    names = ["x", "A", "B"] + (["b"] if bias == "trains" else []) + (["g"] if gain else [])
+    torch.manual_seed(0)
+    made = {"x": torch.randn(*lead, i), "A": torch.randn(r, i), "B": torch.randn(o, r), "b": torch.randn(o), "g": torch.randn(o)}
+    W, d = torch.randn(o, i), torch.randn(*lead, o)
+    if r == 2:
+        W[1], made["B"][1] = 0, 0  # a row of norm zero
+
+    def run(dtype, ours):
+        t = {n: v.to(dtype).requires_grad_(n in names) for n, v in made.items()}
+        w, b = W.to(dtype), t["b"] if bias else None
+        if ours:
+            low = LowRank(t["A"], t["B"], SCALE)
+            terms = [low] + ([Gain(t["g"], over=low if gain == "over" else None)] if gain else [])
+            y = fastpeft.adapted_linear(t["x"], w, b, terms)
+        else:
+            y = t["x"] @ w.T + SCALE * ((t["x"] @ t["A"].T) @ t["B"].T)
+            if gain:
+                norm = (w + SCALE * (t["B"] @ t["A"])).norm(dim=1).detach()
+                g = torch.where(norm == 0, torch.ones_like(norm), t["g"] / torch.where(norm == 0, 1, norm))
+                y = y * (g if gain == "over" else t["g"])
+            y = y if b is None else y + b
+        return [y.detach(), *torch.autograd.grad(y, [t[n] for n in names], d.to(dtype))]
+
+    for name, got, want, plain in zip(["y", *names], run(F32, True), run(torch.float64, False), run(F32, False), strict=True):
+        assert_as_good(got, want, plain, name)
+    names.remove("x")
+    for name, got, want, plain in zip(["y", *names], run(F32, True), run(torch.float64, False), run(F32, False), strict=True):
+        assert_as_good(got, want, plain, name)
+    assert len(calls) == 2
+
+
+def test_a_small_layer_keeps_nothing_that_nobody_reads():
+    """With a frozen A x is not kept, as on a large layer."""
+    x, W, A, B = torch.randn(4, 64, requires_grad=True), torch.randn(64, 64), torch.randn(8, 64), torch.randn(64, 8)
+    assert small.takes(x, W, A.requires_grad_(), B.requires_grad_(), None, None)
+    assert not small.takes(x, W, A.detach(), B, None, None) and not small.takes(x, W, A, B.detach(), None, None)
+    with torch.no_grad():
+        assert small.takes(x, W, A.detach(), B, None, None)
+
+
 def test_opcheck_of_every_operator():
     x, z, u, f, up = torch.randn(9, 16), torch.randn(9, 16), torch.randn(9, 6), torch.randn(2, 3, 8), torch.randn(2, 8, 3)
     g, W, A, B = torch.randn(16), torch.randn(5, 16), torch.randn(3, 16), torch.randn(5, 3)
@@ -249,7 +299,7 @@ def test_opcheck_of_every_operator():
         "cpu_lowrank_scale": (z, g, g.clone()),
         "cpu_lowrank_fresh": (u, f, False, 1.0, g, SEED, 0.3),
         "cpu_lowrank_norm": (W, A, B, 0.5),
-        "cpu_lowrank_row_gain": (torch.randn(5), W, A, B, 0.5),
+        "cpu_lowrank_inverse_norm": (W, A, B, 0.5),
     }
     assert set(calls) == {schema.partition("(")[0] for schema, _, _ in lowrank_cpu._OPERATORS}
     for name, arguments in calls.items():

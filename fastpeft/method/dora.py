@@ -66,6 +66,8 @@ class DoRA(Method):
 
     def terms(self, base: Any) -> list[Term]:
         p = self.dropout if self.training else 0.0
-        gain = base.row_gain(self.m, self.A, self.B, self.scale, through_norm=self.grad == "full")
         low = LowRank(self.A, self.B, self.scale, dropout=p)
-        return [low, Gain(gain, dropout=p if self.dropout_base else 0.0)]
+        p = p if self.dropout_base else 0.0
+        if self.grad == "simple":
+            return [low, Gain(self.m, p, over=low)]
+        return [low, Gain(base.row_gain(self.m, self.A, self.B, self.scale), p)]

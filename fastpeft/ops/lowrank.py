@@ -24,8 +24,9 @@ LATE = True
 
 def down(x: Tensor, A: Tensor, dtype: torch.dtype, *, seed: Tensor | None, p: float, blocks: int) -> Tensor:
     """u = drop(x) A^T, [t, R] in `dtype`; x [t, i] may have another dtype (autocast), A is cast to `dtype`."""
-    if (p or not cpu.thin_in_torch(dtype, blocks)) and cpu.runs(x) and dtype in cpu.DTYPES:
-        return cpu.read(x, A, dtype, seed=seed, p=p)[0]
+    if (p or x.numel() >= cpu.SMALL) and (p or not cpu.thin_in_torch(dtype, blocks)) and cpu.runs(x, 0):
+        if dtype in cpu.DTYPES:
+            return cpu.read(x, A, dtype, seed=seed, p=p)[0]
     a = _cast(A, dtype)
     if p == 0.0 and x.dtype is dtype:
         return _down(x, a, blocks)
@@ -122,7 +123,7 @@ def _du_db_cpu(dz, z, v, B, scale, blocks, gain, need_du, need_db) -> tuple[Tens
 
 def du(dz: Tensor, B: Tensor, scale: float, blocks: int) -> Tensor:
     """du = scale * dz B, [t, R] in dz's dtype."""
-    if not cpu.thin_in_torch(dz.dtype, blocks) and cpu.runs(dz):
+    if dz.numel() >= cpu.SMALL and not cpu.thin_in_torch(dz.dtype, blocks) and cpu.runs(dz, 0):
         return cpu.read(dz, B, dz.dtype, up=True, scale=scale)[0]
     b = _cast(B, dz.dtype)
     if blocks == 1:
@@ -168,7 +169,7 @@ def dx_add(dx: Tensor, du: Tensor, A: Tensor, *, seed: Tensor | None, p: float, 
 
 def da(x: Tensor, du: Tensor, A: Tensor, *, seed: Tensor | None, p: float, blocks: int) -> Tensor:
     """dA = du^T drop(x), of A's shape and dtype."""
-    if cpu.runs(x, 0) and du.dtype in cpu.DTYPES:
+    if (p or blocks > 1 or x.numel() >= cpu.SMALL) and cpu.runs(x, 0) and du.dtype in cpu.DTYPES:
         return _cast(cpu.read(x, A, du.dtype, need_u=False, w=du, seed=seed, p=p)[1], A.dtype)
     if p == 0.0:
         return _da(x, du, A, blocks)

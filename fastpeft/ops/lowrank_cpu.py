@@ -17,6 +17,7 @@ DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _BUILT = hasattr(_EXTENSION, "lowrank_read")
 _BF16 = _BUILT and _EXTENSION.build_info()["bf16_products"]
 _NO_FACTOR = (0, 0, 0)
+OWN = (Tensor, Parameter)
 # numbers of x below which one C++ product costs as much as torch's; several in one call are always worth it
 SMALL = 1 << 15
 
@@ -58,10 +59,10 @@ def read(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over x [t, n * c]: u = drop(x) F^T [t, n * r] in `dtype`, the gradient of F for u's gradient w in the factor's
     shape, and dgain = the sum over t of x * z [n * c]; the last two in fp32. F is scale * gain * factor, gain [n * c] or None;
-    with `up` the factor is [c, r] or [n, c, r]. w [t, n * r] has `dtype`, z x's. What is not asked for is an empty tensor."""
+    with `up` the factor is [c, r] or [n, c, r]. w [t, n * r] has `dtype`, z x's. What is not asked for is None or empty."""
     factor = factor if factor.dtype is torch.float32 else factor.float()
     gain = gain if gain is None or (gain.dtype is torch.float32 and gain.is_contiguous()) else gain.float().contiguous()
-    run = _run_read if _plain(x, factor) else _READ
+    run = _read_into if _plain(x, factor) else _READ
     return run(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z)
 
 
@@ -103,15 +104,15 @@ def norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     return _NORM(W, A.float().contiguous(), B.float().contiguous(), scale)
 
 
-def row_gain(m: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """m / ||W + scale B A|| and 1 / ||W + scale B A|| of each row, [o] in fp32; 1 and 0 where the norm is zero."""
-    run = _run_row_gain if _plain(W, A) else _ROW_GAIN
-    return run(m.float().contiguous(), W, A.float().contiguous(), B.float().contiguous(), scale)
+def inverse_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """1 / ||W + scale B A|| of each row and 0, [o] in fp32; where that norm is zero, 0 and 1."""
+    run = _run_inverse if _plain(W, A) else _INVERSE
+    return run(W, A.float().contiguous(), B.float().contiguous(), scale)
 
 
-def _plain(*tensors: Tensor) -> bool:
+def _plain(x: Tensor, factor: Tensor) -> bool:
     """Whether these are torch's own tensors and no subclass that must see the call (fake, functional, distributed)."""
-    return all(type(t) is Tensor or type(t) is Parameter for t in tensors)
+    return type(x) in OWN and type(factor) in OWN
 
 
 def _mask(seed: Tensor | None, p: float) -> tuple[bool, int, int, float]:
@@ -126,29 +127,40 @@ def _at(t: Tensor | None) -> int:
 
 def _layout(factor: Tensor, up: bool) -> tuple[int, int, int, tuple[int, int, int]]:
     """n, r, c and the strides of n, r and c of A, or with `up` of B."""
-    n, sn = (1, 0) if factor.dim() == 2 else (factor.shape[0], factor.stride(0))
-    r, c, sr, sc = (*factor.shape[-2:], *factor.stride()[-2:])
-    if n == 1:
-        sn = r * c
+    if factor.dim() == 2:
+        (r, c), (sr, sc), n, sn = factor.shape, factor.stride(), 1, factor.numel()
+    else:
+        (n, r, c), (sn, sr, sc) = factor.shape, factor.stride()
     return (n, c, r, (sn, sc, sr)) if up else (n, r, c, (sn, sr, sc))
 
 
 def _run_read(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z):
+    found = _read_into(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z)
+    return tuple(x.new_empty(0) if t is None else t for t in found)
+
+
+def _read_into(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z):
+    """u, g, dgain; None for what is not asked for."""
     n, r, c, strides = _layout(factor, up)
-    u, g, dgain = _fake_read(x, factor, dtype, up, scale, gain, need_u, w, seed, p, z)
+    u = g = dgain = None
+    u_at = w_at = w_stride = g_at = z_at = z_stride = dgain_at = 0
+    if need_u:
+        u = x.new_empty((x.shape[0], n * r), dtype=dtype)
+        u_at = u.data_ptr()
     if w is not None:
-        w = w if w.stride(1) == 1 else w.contiguous()
-        if not need_u:
-            strides = _layout(g, up)[3]
-        elif g.stride() != factor.stride():
+        g = factor.new_empty(factor.shape)
+        if factor.stride() != g.stride():
             factor = factor.contiguous()
-            strides = _layout(factor, up)[3]
+            strides = _layout(g, up)[3]
+        w = w if w.stride(1) == 1 else w.contiguous()
+        w_at, w_stride, g_at = w.data_ptr(), w.stride(0), g.data_ptr()
+    if z is not None:
+        dgain = factor.new_empty(x.shape[1])
+        z_at, z_stride, dgain_at = z.data_ptr(), z.stride(0), dgain.data_ptr()
     _EXTENSION.lowrank_read(
         x.data_ptr(), x.stride(0), DTYPES[x.dtype], x.shape[0], n, c, r, *_mask(seed, p),
-        factor.data_ptr() if need_u else 0, strides, scale, _at(gain),
-        u.data_ptr() if need_u else 0, _at(w), 0 if w is None else w.stride(0), g.data_ptr() if w is not None else 0,
-        _at(z), 0 if z is None else z.stride(0), dgain.data_ptr() if z is not None else 0,
-        DTYPES[dtype], torch.get_num_threads(),
+        factor.data_ptr() if need_u else 0, strides, scale, 0 if gain is None else gain.data_ptr(),
+        u_at, w_at, w_stride, g_at, z_at, z_stride, dgain_at, DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return u, g, dgain
 
@@ -198,23 +210,23 @@ def _fake_fresh(u, factor, up, scale, bias, seed, p):
     return u.new_empty((u.shape[0], n * c))
 
 
-def _norm(W, A, B, scale, out, m, gain, inverse) -> None:
+def _norm(W, A, B, scale, out, inverse, rest) -> None:
     _EXTENSION.lowrank_norm(
         W.data_ptr(), W.stride(0), DTYPES[W.dtype], W.shape[0], W.shape[1], A.shape[0], A.data_ptr(), B.data_ptr(), scale,
-        _at(out), _at(m), _at(gain), _at(inverse), torch.get_num_threads(),
+        out, inverse, rest, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _run_norm(W, A, B, scale):
-    out = W.new_empty(W.shape[0], dtype=torch.float32)
-    _norm(W, A, B, scale, out, None, None, None)
+    out = A.new_empty(W.shape[0])
+    _norm(W, A, B, scale, out.data_ptr(), 0, 0)
     return out
 
 
-def _run_row_gain(m, W, A, B, scale):
-    gain, inverse = m.new_empty(W.shape[0]), m.new_empty(W.shape[0])
-    _norm(W, A, B, scale, None, m, gain, inverse)
-    return gain, inverse
+def _run_inverse(W, A, B, scale):
+    inverse, rest = A.new_empty(W.shape[0]), A.new_empty(W.shape[0])
+    _norm(W, A, B, scale, 0, inverse.data_ptr(), rest.data_ptr())
+    return inverse, rest
 
 
 _LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
@@ -248,12 +260,12 @@ _OPERATORS = (
     (
         "cpu_lowrank_norm(Tensor W, Tensor A, Tensor B, float scale) -> Tensor",
         _run_norm,
-        lambda W, *a: W.new_empty(W.shape[0], dtype=torch.float32),
+        lambda W, A, *a: A.new_empty(W.shape[0]),
     ),
     (
-        "cpu_lowrank_row_gain(Tensor m, Tensor W, Tensor A, Tensor B, float scale) -> (Tensor gain, Tensor inverse)",
-        _run_row_gain,
-        lambda m, W, *a: (m.new_empty(W.shape[0]), m.new_empty(W.shape[0])),
+        "cpu_lowrank_inverse_norm(Tensor W, Tensor A, Tensor B, float scale) -> (Tensor inverse, Tensor rest)",
+        _run_inverse,
+        lambda W, A, *a: (A.new_empty(W.shape[0]), A.new_empty(W.shape[0])),
     ),
 )
 for _schema, _function, _fake in _OPERATORS:
@@ -269,4 +281,4 @@ _WRITE_GAIN = torch.ops.fastpeft.cpu_lowrank_write_gain.default
 _SCALE = torch.ops.fastpeft.cpu_lowrank_scale.default
 _FRESH = torch.ops.fastpeft.cpu_lowrank_fresh.default
 _NORM = torch.ops.fastpeft.cpu_lowrank_norm.default
-_ROW_GAIN = torch.ops.fastpeft.cpu_lowrank_row_gain.default
+_INVERSE = torch.ops.fastpeft.cpu_lowrank_inverse_norm.default

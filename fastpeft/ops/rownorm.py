@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft.ops import lowrank
 from fastpeft.ops import lowrank_cpu as cpu
 from fastpeft.ops.family import resolve
 from fastpeft.ops.rownorm_triton import row_sq_norm_forward
-from fastpeft.ops.slabs import quiet_autocast, slabs
+from fastpeft.ops.slabs import once, slabs
 
 
 def row_sq_norm(W: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
@@ -29,7 +28,10 @@ def row_gain(m: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, through_n
 
     Differentiable in m [out], and with through_norm in A and B, which the norm is a constant of otherwise.
     """
-    return _RowGain.apply(m, W, A, B, scale, through_norm)
+    if through_norm:
+        return _RowGain.apply(m, W, A, B, scale)
+    inverse, rest = _inverse_norm(W, A.detach(), B.detach(), scale)
+    return torch.addcmul(rest, m, inverse).to(m.dtype)
 
 
 def _accumulator(W: Tensor, A: Tensor | None) -> torch.dtype:
@@ -57,6 +59,15 @@ def _sq_norm(W: Tensor, A: Tensor | None, B: Tensor | None, scale: float = 1.0) 
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else W.new_zeros(0, dtype=acc)
 
 
+def _inverse_norm(W: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """1 / ||W + scale B A|| of each row and 0; where that norm is zero, 0 and 1. So m / norm is m * first + second."""
+    if A.dtype is torch.float32 and cpu.runs(W, 0) and resolve(None, "cpu") is lowrank:
+        return cpu.inverse_norm(W, A, B, scale)
+    square = _sq_norm(W, A, B, scale)
+    zero = square == 0
+    return square.rsqrt().masked_fill(zero, 0.0), zero.to(square.dtype)
+
+
 def _sq_norm_backward(
     W: Tensor, A: Tensor, B: Tensor, scale: float, d: Tensor, need_a: bool, need_b: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -81,8 +92,7 @@ class _RowSqNorm(torch.autograd.Function):
         return _sq_norm(W, A, B)
 
     @staticmethod
-    @once_differentiable
-    @quiet_autocast
+    @once
     def backward(ctx, d: Tensor):
         W, A, B = ctx.saved_tensors
         if A is None:
@@ -92,28 +102,18 @@ class _RowSqNorm(torch.autograd.Function):
 
 class _RowGain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, m: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, through_norm: bool) -> Tensor:
-        if m.dtype is torch.float32 and cpu.runs(W, 0) and resolve(None, "cpu") is lowrank:
-            gain, inverse = cpu.row_gain(m, W, A, B, scale)
-        else:
-            square = _sq_norm(W, A, B, scale)
-            zero = square == 0
-            inverse = square.rsqrt().masked_fill_(zero, 0.0)
-            gain = (m * inverse).masked_fill_(zero, 1.0)
-        ctx.save_for_backward(inverse, *((m, W, A, B) if through_norm else ()))
+    def forward(ctx, m: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        inverse, rest = _inverse_norm(W, A, B, scale)
+        ctx.save_for_backward(inverse, m, W, A, B)
         ctx.scale = scale
-        return gain if gain.dtype is m.dtype else gain.to(m.dtype)
+        return torch.addcmul(rest, m, inverse).to(m.dtype)
 
     @staticmethod
-    @once_differentiable
-    @quiet_autocast
+    @once
     def backward(ctx, d: Tensor):
-        inverse, *more = ctx.saved_tensors
+        inverse, m, W, A, B = ctx.saved_tensors
         dm = d * inverse
-        if not more:
-            return dm.to(d.dtype), None, None, None, None, None
-        m, W, A, B = more
         # d (m / sqrt(q)) / dq = -m / (2 q^1.5)
         d_square = dm * m * inverse.square() * -0.5
-        _, _, need_a, need_b, _, _ = ctx.needs_input_grad
-        return dm.to(d.dtype), None, *_sq_norm_backward(W, A, B, ctx.scale, d_square, need_a, need_b), None, None
+        dA, dB = _sq_norm_backward(W, A, B, ctx.scale, d_square, *ctx.needs_input_grad[2:4])
+        return dm.to(d.dtype), None, dA, dB, None

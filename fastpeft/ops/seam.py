@@ -1,6 +1,7 @@
 """The seam: how one adapted linear meets autograd, however many terms it has.
 
     Whole(x, A_1, B_1, ...) -> y                     where no term has a middle: one Function
+    One(x, A, B) -> y                                Whole for one term, in a straight line
     Down(x, A_1..A_n)  -> carry, u_1..u_n (, p_i of the terms with router rows)
     Up(x, carry, v_1..v_n, B_1..B_n) -> y            v_i = mid_i(u_i), ordinary PyTorch between the two
 
@@ -27,12 +28,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft.ops import gain as gain_ops
 from fastpeft.ops import lowrank
 from fastpeft.ops.dropout import dropout, dropout_add_
-from fastpeft.ops.slabs import quiet_autocast
+from fastpeft.ops.slabs import once
 
 # numbers of y from which reading it twice costs more than the vendor's product saves by adding the bias itself
 ONE_PASS = 1 << 15
@@ -72,6 +72,90 @@ class Plan(NamedTuple):
     keep: tuple[bool, ...]
 
 
+class OnePlan(NamedTuple):
+    """Plan of One."""
+
+    ops: Any
+    base: Any
+    dtype: torch.dtype
+    p: float
+    blocks: int
+    scale: float
+    keep_x: bool
+    keep_u: bool
+    keep_z: bool
+
+
+class One(torch.autograd.Function):
+    """What Whole does for one term, a frozen base weight and a gain without dropout, or none: the commonest call.
+
+    Lists and loops over one term took a third of a small call (python -m bench.host); test_seam.py holds it against Whole.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        plan: OnePlan,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        seed: Tensor | None,
+    ) -> Tensor:
+        ops, base, dtype, p, blocks, scale, keep_x, keep_u, keep_z = plan
+        x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        u = ops.down(x2, A, dtype, seed=seed, p=p, blocks=blocks)
+        if x2.dtype is not dtype:
+            x2 = x2.to(dtype)
+        ctx.bias_dtype = None
+        if bias is not None:
+            ctx.bias_dtype = bias.dtype
+            bias = bias if bias.dtype is dtype else bias.to(dtype)
+        z = None
+        if gain is not None:
+            z = base.forward(x2)
+            y = ops.up_add_gain(z, u, B, scale, blocks, gain, bias)
+        elif x2.shape[0] * base.out_features < ONE_PASS:
+            y = base.forward(x2, bias)
+            ops.up_add(y, u, B, scale, blocks)
+        else:
+            y = ops.up(u, B, scale, blocks, bias)
+            base.forward_onto(y, x2)
+        ctx.save_for_backward(
+            x if keep_x else None, u if keep_u else None, A, B, gain, z if keep_z else None, seed
+        )
+        ctx.plan, ctx.x_shape, ctx.x_dtype = plan, x.shape, x.dtype
+        return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, A, B, gain, z, seed = ctx.saved_tensors
+        ops, base, _, p, blocks, scale, *_ = ctx.plan
+        _, need_x, need_a, need_b, need_bias, need_gain, _ = ctx.needs_input_grad
+        dy = dy if dy.dim() == 2 else dy.reshape(-1, dy.shape[-1])
+        dbias = _sum_rows(dy, ctx.bias_dtype) if need_bias else None
+        need_u = need_x or need_a
+        dz, dgain, dx, dA = dy, None, None, None
+        if gain is None:
+            du, dB = ops.du_db(dy, u, B, scale, blocks, need_du=need_u, need_db=need_b)
+        else:
+            dz, du, dB, dgain = ops.du_db_gain(
+                dy, z, u, B, scale, blocks, gain, need_du=need_u, need_db=need_b, need_dgain=need_gain
+            )
+        if need_x:
+            dx = ops.dx(du, A, seed=seed, p=p, blocks=blocks)
+            base.grad_onto(dx, dz, gain if ops.LATE else None)
+            if len(ctx.x_shape) != 2:
+                dx = dx.reshape(ctx.x_shape)
+            if dx.dtype is not ctx.x_dtype:
+                dx = dx.to(ctx.x_dtype)
+        if need_a:
+            dA = ops.da(_flat(x), du, A, seed=seed, p=p, blocks=blocks)
+        return None, dx, dA, dB, dbias, dgain, None
+
+
 class Whole(torch.autograd.Function):
     """y [*lead, out] from x [*lead, in] and terms without a middle; tensors: A_1, B_1, A_2, B_2, ..., None.
 
@@ -105,8 +189,7 @@ class Whole(torch.autograd.Function):
         return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
-    @once_differentiable
-    @quiet_autocast
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, gain, seed, *rest = ctx.saved_tensors
         n = len(ctx.plan.writes)
@@ -152,8 +235,7 @@ class Down(torch.autograd.Function):
         return (carry, *us, *ps)
 
     @staticmethod
-    @once_differentiable
-    @quiet_autocast
+    @once
     def backward(ctx: Any, dz: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, gain, seed, *tensors = ctx.saved_tensors
         n, da = len(ctx.plan.reads), ctx.plan.ops.da
@@ -197,8 +279,7 @@ class Up(torch.autograd.Function):
         return _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
-    @once_differentiable
-    @quiet_autocast
+    @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, gain, *rest = ctx.saved_tensors
         n, need = len(ctx.plan.writes), ctx.needs_input_grad
@@ -399,8 +480,7 @@ class Post(torch.autograd.Function):
         return post(v @ B.to(v.dtype).T) * scale
 
     @staticmethod
-    @once_differentiable
-    @quiet_autocast
+    @once
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         v, B = ctx.saved_tensors
         b = B.to(v.dtype)

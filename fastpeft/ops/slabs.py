@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 # 1 MiB: a slab and its product stay in a core's L2 cache, and the temporary is small beside any [tokens, in] tensor
 SLAB_BYTES = 1 << 20
@@ -29,15 +30,25 @@ def row_blocks(rows: int, step: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def quiet_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Run a Function's backward with autocast off: a backward inside `with torch.autocast` would cast fp32 factors."""
+def once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward that refuses to be differentiated, and that autocast leaves alone.
+
+    A backward inside `with torch.autocast` would cast fp32 factors. Gradients are disabled in a backward that nobody
+    differentiates; once_differentiable's own guards are entered only where they are not.
+    """
+    guarded = once_differentiable(backward)
 
     @functools.wraps(backward)
     def run(ctx: Any, *grads: torch.Tensor | None) -> Any:
-        device = next((g.device.type for g in grads if g is not None), "cpu")
+        checked = guarded if torch.is_grad_enabled() else backward
+        device = grads[0].device.type if grads[0] is not None else _first_device(grads)
         if not torch.is_autocast_enabled(device):
-            return backward(ctx, *grads)
+            return checked(ctx, *grads)
         with torch.autocast(device, enabled=False):
-            return backward(ctx, *grads)
+            return checked(ctx, *grads)
 
     return run
+
+
+def _first_device(grads: tuple[torch.Tensor | None, ...]) -> str:
+    return next((g.device.type for g in grads if g is not None), "cpu")
