@@ -94,7 +94,7 @@ def ninja_file(cxx: str, cuda: str | None, target: Path, build: Path) -> str:
             objects.append(f"{source}.o")
             lines.append(f"build {objects[-1]}: nvcc {_escape(ROOT / source)}")
         flags += " -DFASTPEFT_CUDA"
-        link = f"{cuda} -shared -cudart static -ccbin {shlex.quote(shlex.split(cxx)[0])} -Xlinker -s"
+        link = f"{cuda} -shared -cudart static -ccbin {shlex.quote(shlex.split(cxx)[0])} -Xlinker -s -ldl"
     lines.append(f"rule cxx\n  command = {cxx} -MMD -MF $out.d {flags} {includes} {defines} $more -c $in -o $out")
     lines.append("  depfile = $out.d\n  deps = gcc")
     for source in CPU_SOURCES:

@@ -5,6 +5,9 @@
 // So everything is static, in the unnamed namespace or always inlined; tests/test_extension.py looks at the objects.
 #include <cstdlib>
 #include <cstring>
+#if FASTPEFT_LANES == 16
+#include <immintrin.h>
+#endif
 
 #include "dropout_cpu.h"
 #include "floats.h"
@@ -192,6 +195,52 @@ inline void outer_of_block(const float* x, int64_t ldx, const float* w, int64_t 
   }
 }
 
+#if FASTPEFT_LANES == 16
+// The same for bfloat16 x and w, whose products two by two are one instruction: 8 ranks and 32 columns of two tokens at a
+// time. wp [pieces of two tokens, r]: the two tokens' w side by side. An odd last token is paired with zeros.
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+void outer_of_bf16(const BFloat16* x, int64_t ldx, const uint32_t* wp, int64_t ldw, int64_t tokens, int64_t c, int64_t r, float* g) {
+  constexpr int kRanks = 8;
+  // unpacking interleaves within 128 bits: column 4 q + i of `low` is column 8 q + i, of `high` column 8 q + 4 + i
+  const __m512i to_first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i to_second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  for (int64_t k = 0; k + 32 <= c; k += 32) {
+    for (int64_t j = 0; j < r; j += kRanks) {
+      const int ranks = static_cast<int>(least(kRanks, r - j));
+      __m512 low[kRanks], high[kRanks];
+      for (int q = 0; q < kRanks; ++q) low[q] = high[q] = _mm512_setzero_ps();
+      for (int64_t t = 0; t < tokens; t += 2) {
+        const __m512i first = _mm512_loadu_si512(x + t * ldx + k);
+        const __m512i second = t + 1 < tokens ? _mm512_loadu_si512(x + (t + 1) * ldx + k) : _mm512_setzero_si512();
+        const __m512bh a = (__m512bh)_mm512_unpacklo_epi16(first, second);
+        const __m512bh b = (__m512bh)_mm512_unpackhi_epi16(first, second);
+        const uint32_t* w = wp + t / 2 * ldw + j;
+        if (ranks == kRanks) {
+          for (int q = 0; q < kRanks; ++q) {
+            const __m512bh v = (__m512bh)_mm512_set1_epi32(static_cast<int>(w[q]));
+            low[q] = _mm512_dpbf16_ps(low[q], a, v);
+            high[q] = _mm512_dpbf16_ps(high[q], b, v);
+          }
+        } else {
+          for (int q = 0; q < ranks; ++q) {
+            const __m512bh v = (__m512bh)_mm512_set1_epi32(static_cast<int>(w[q]));
+            low[q] = _mm512_dpbf16_ps(low[q], a, v);
+            high[q] = _mm512_dpbf16_ps(high[q], b, v);
+          }
+        }
+      }
+      for (int q = 0; q < ranks; ++q) {
+        float* at = g + (j + q) * c + k;
+        const __m512 one = _mm512_permutex2var_ps(low[q], to_first, high[q]);
+        const __m512 two = _mm512_permutex2var_ps(low[q], to_second, high[q]);
+        _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), one));
+        _mm512_storeu_ps(at + 16, _mm512_add_ps(_mm512_loadu_ps(at + 16), two));
+      }
+    }
+  }
+}
+#endif
+
 // out[i, c] (+)= sum over r of u[i, r] f[r, c], for M rows and V vectors of columns
 template <bool kAdd, int M, int V>
 inline void spread(const float* u, int64_t ldu, const float* f, int64_t ldf, int64_t r, float* out, int64_t ldo) {
@@ -326,6 +375,34 @@ void add_products(const Matrix& m, int64_t begin, int64_t t, const float* x, int
   }
 }
 
+// Whether G comes from x and w as they are, in bfloat16.
+bool in_bf16(const ReadArgs& a) {
+#if FASTPEFT_LANES == 16
+  return a.x.dtype == 2 && a.w.dtype == 2 && !a.mask.on && a.c % 32 == 0 && bf16_products();
+#else
+  (void)a;
+  return false;
+#endif
+}
+
+#if FASTPEFT_LANES == 16
+void read_bf16(const ReadArgs& a, int64_t begin, int64_t t, float* room, float* g) {
+  const int64_t ranks = a.n * a.r;
+  const BFloat16* w = static_cast<const BFloat16*>(a.w.data) + begin * a.w.stride;
+  uint32_t* wp = reinterpret_cast<uint32_t*>(room);
+  for (int64_t i = 0; i < t; i += 2) {
+    for (int64_t j = 0; j < ranks; ++j) {
+      const uint32_t second = i + 1 < t ? w[(i + 1) * a.w.stride + j].bits : 0u;
+      wp[i / 2 * ranks + j] = w[i * a.w.stride + j].bits | second << 16;
+    }
+  }
+  const BFloat16* x = static_cast<const BFloat16*>(a.x.data) + begin * a.x.stride;
+  for (int64_t b = 0; b < a.n; ++b) {
+    outer_of_bf16(x + b * a.c, a.x.stride, wp + b * a.r, ranks, t, a.c, a.r, g + b * a.r * a.c);
+  }
+}
+#endif
+
 void read_block(const ReadArgs& a, const float* factor, int64_t begin, int64_t t, float* stage, float* us, float* ws, float* zs, float* g, double* dgain) {
   const int64_t cols = a.n * a.c, ranks = a.n * a.r;
   const float* x = stage;
@@ -333,7 +410,7 @@ void read_block(const ReadArgs& a, const float* factor, int64_t begin, int64_t t
   if (a.x.dtype == 1 && !a.mask.on) {
     x = static_cast<const float*>(a.x.data) + begin * a.x.stride;
     ldx = a.x.stride;
-  } else {
+  } else if (factor != nullptr || dgain != nullptr || !in_bf16(a)) {
     for (int64_t i = 0; i < t; ++i) {
       widen(a.x, begin + i, 0, stage + i * cols, cols);
       if (a.mask.on) drop(a.mask, begin + i, 0, stage + i * cols, cols);
@@ -348,6 +425,12 @@ void read_block(const ReadArgs& a, const float* factor, int64_t begin, int64_t t
     }
     for (int64_t i = 0; i < t; ++i) narrow(a.u, begin + i, 0, us + i * ranks, ranks);
   }
+#if FASTPEFT_LANES == 16
+  if (g != nullptr && in_bf16(a)) {
+    read_bf16(a, begin, t, ws, g);
+    g = nullptr;
+  }
+#endif
   if (g != nullptr) {
     for (int64_t i = 0; i < t; ++i) widen(a.w, begin + i, 0, ws + i * ranks, ranks);
     for (int64_t b = 0; b < a.n; ++b) {

@@ -25,8 +25,8 @@ SCALE = 0.37
 
 pytestmark = pytest.mark.skipif(not lowrank_cpu._BUILT, reason="fastpeft._C was built without the low-rank products")
 
-# tokens, in, out, blocks, rank: ragged, wider than a tile and than a cached piece, blocks at no multiple of a vector
-SHAPES = [(33, 40, 35, 1, 5), (70, 300, 270, 2, 16), (9, 39, 36, 3, 4), (131, 600, 1100, 1, 7), (5, 16, 8, 1, 1)]
+# tokens, in, out, blocks, rank: ragged, multiples of 32 columns (bfloat16 products), wider than a tile and than a cached piece, blocks at no multiple of a vector
+SHAPES = [(33, 40, 35, 1, 5), (67, 64, 96, 1, 12), (70, 128, 192, 2, 8), (70, 300, 270, 2, 16), (9, 39, 36, 3, 4), (131, 600, 1100, 1, 7), (5, 16, 8, 1, 1)]
 DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)]
 cases = pytest.mark.parametrize(
     ("shape", "dtypes", "p"), list(itertools.product(SHAPES, DTYPES, (0.0, 0.3))), ids=lambda v: str(v).replace("torch.", "")
