@@ -184,3 +184,18 @@ def test_planted_fault_is_found(plant, monkeypatch):
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         check_layer()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_one_graph(method, monkeypatch):
+    """torch.compile sees no break, and gives the bits of the eager call."""
+    monkeypatch.setenv("FASTPEFT_IMPL", "triton")
+    torch.manual_seed(0)
+    layer = fastpeft.AdaptedLinear(24, 20, method=method, rank=3)
+    x, results = torch.randn(5, 24), []
+    for run in (layer, torch.compile(layer, backend="aot_eager", fullgraph=True)):
+        xs = x.clone().requires_grad_()
+        y = run(xs)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [xs, *[p for p in layer.parameters() if p.requires_grad]])])
+    for eager, compiled in zip(*results, strict=True):
+        assert torch.equal(eager, compiled)
