@@ -196,9 +196,38 @@ inline void outer_of_block(const float* x, int64_t ldx, const float* w, int64_t 
 }
 
 #if FASTPEFT_LANES == 16
-// The same for bfloat16 x and w, whose products two by two are one instruction: 8 ranks and 32 columns of two tokens at a
+#define FASTPEFT_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+
+// dots, for bfloat16 x and f and c a multiple of 32: two products an instruction
+template <int M, int N>
+FASTPEFT_BF16 void dots_of_bf16(const BFloat16* x, int64_t ldx, const BFloat16* f, int64_t c, float* out, int64_t ldo) {
+  __m512 acc[16];
+  for (int q = 0; q < 16; ++q) acc[q] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < c; k += 32) {
+    __m512bh b[N];
+    for (int j = 0; j < N; ++j) b[j] = (__m512bh)_mm512_loadu_si512(f + j * c + k);
+    for (int i = 0; i < M; ++i) {
+      const __m512bh a = (__m512bh)_mm512_loadu_si512(x + i * ldx + k);
+      for (int j = 0; j < N; ++j) acc[4 * i + j] = _mm512_dpbf16_ps(acc[4 * i + j], a, b[j]);
+    }
+  }
+  float total[16];
+  put(total, sums(reinterpret_cast<Vec*>(acc)));
+  for (int i = 0; i < M; ++i) {
+    for (int j = 0; j < N; ++j) out[i * ldo + j] = total[4 * i + j];
+  }
+}
+
+template <int M>
+void dots_of_rank_bf16(const BFloat16* x, int64_t ldx, const BFloat16* f, int64_t c, int64_t r, float* out, int64_t ldo) {
+  int64_t j = 0;
+  for (; j + 4 <= r; j += 4) dots_of_bf16<M, 4>(x, ldx, f + j * c, c, out + j, ldo);
+  for (; j < r; ++j) dots_of_bf16<M, 1>(x, ldx, f + j * c, c, out + j, ldo);
+}
+
+// outer, for bfloat16 x and w: 8 ranks and 32 columns of two tokens at a
 // time. wp [pieces of two tokens, r]: the two tokens' w side by side. An odd last token is paired with zeros.
-__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+FASTPEFT_BF16
 void outer_of_bf16(const BFloat16* x, int64_t ldx, const uint32_t* wp, int64_t ldw, int64_t tokens, int64_t c, int64_t r, float* g) {
   constexpr int kRanks = 8;
   // unpacking interleaves within 128 bits: column 4 q + i of `low` is column 8 q + i, of `high` column 8 q + 4 + i
@@ -343,6 +372,8 @@ struct ReadJob {
   const ReadArgs& a;
   int parts;
   const float* f;
+  const BFloat16* half;  // f in bfloat16, if the products are
+  bool bf16;
   float* g;  // one after another, of all parts
   double* dgain;
 };
@@ -375,10 +406,11 @@ void add_products(const Matrix& m, int64_t begin, int64_t t, const float* x, int
   }
 }
 
-// Whether G comes from x and w as they are, in bfloat16.
+// Whether the products are formed of x and w as they are, in bfloat16; the factor is then rounded to it, as a vendor's product
+// would have it.
 bool in_bf16(const ReadArgs& a) {
 #if FASTPEFT_LANES == 16
-  return a.x.dtype == 2 && a.w.dtype == 2 && !a.mask.on && a.c % 32 == 0 && bf16_products();
+  return a.x.dtype == 2 && (a.w.data == nullptr || a.w.dtype == 2) && !a.mask.on && a.c % 32 == 0 && bf16_products();
 #else
   (void)a;
   return false;
@@ -386,19 +418,31 @@ bool in_bf16(const ReadArgs& a) {
 }
 
 #if FASTPEFT_LANES == 16
-void read_bf16(const ReadArgs& a, int64_t begin, int64_t t, float* room, float* g) {
-  const int64_t ranks = a.n * a.r;
-  const BFloat16* w = static_cast<const BFloat16*>(a.w.data) + begin * a.w.stride;
-  uint32_t* wp = reinterpret_cast<uint32_t*>(room);
-  for (int64_t i = 0; i < t; i += 2) {
-    for (int64_t j = 0; j < ranks; ++j) {
-      const uint32_t second = i + 1 < t ? w[(i + 1) * a.w.stride + j].bits : 0u;
-      wp[i / 2 * ranks + j] = w[i * a.w.stride + j].bits | second << 16;
-    }
+void read_bf16(const ReadArgs& a, const BFloat16* factor, int64_t begin, int64_t t, float* us, float* ws, float* rows, float* g, double* dgain) {
+  const int64_t ranks = a.n * a.r, cols = a.n * a.c, ldx = a.x.stride;
+  const BFloat16* x = static_cast<const BFloat16*>(a.x.data) + begin * ldx;
+  for (int64_t b = 0; b < a.n && factor != nullptr; ++b) {
+    const BFloat16* f = factor + b * a.r * a.c;
+    int64_t i = 0;
+    for (; i + 4 <= t; i += 4) dots_of_rank_bf16<4>(x + i * ldx + b * a.c, ldx, f, a.c, a.r, us + i * ranks + b * a.r, ranks);
+    for (; i < t; ++i) dots_of_rank_bf16<1>(x + i * ldx + b * a.c, ldx, f, a.c, a.r, us + i * ranks + b * a.r, ranks);
   }
-  const BFloat16* x = static_cast<const BFloat16*>(a.x.data) + begin * a.x.stride;
-  for (int64_t b = 0; b < a.n; ++b) {
-    outer_of_bf16(x + b * a.c, a.x.stride, wp + b * a.r, ranks, t, a.c, a.r, g + b * a.r * a.c);
+  for (int64_t i = 0; i < t && factor != nullptr; ++i) narrow(a.u, begin + i, 0, us + i * ranks, ranks);
+  if (g != nullptr) {
+    const BFloat16* w = static_cast<const BFloat16*>(a.w.data) + begin * a.w.stride;
+    uint32_t* wp = reinterpret_cast<uint32_t*>(ws);
+    for (int64_t i = 0; i < t; i += 2) {
+      for (int64_t j = 0; j < ranks; ++j) {
+        const uint32_t second = i + 1 < t ? w[(i + 1) * a.w.stride + j].bits : 0u;
+        wp[i / 2 * ranks + j] = w[i * a.w.stride + j].bits | second << 16;
+      }
+    }
+    for (int64_t b = 0; b < a.n; ++b) outer_of_bf16(x + b * a.c, ldx, wp + b * a.r, ranks, t, a.c, a.r, g + b * a.r * a.c);
+  }
+  for (int64_t i = 0; i < t && dgain != nullptr; i += 4) {
+    const int64_t m = least(4, t - i);
+    for (int64_t q = 0; q < m; ++q) widen(a.x, begin + i + q, 0, rows + (4 + q) * cols, cols);
+    add_products(a.z, begin + i, m, rows + 4 * cols, cols, cols, rows, dgain);
   }
 }
 #endif
@@ -410,7 +454,7 @@ void read_block(const ReadArgs& a, const float* factor, int64_t begin, int64_t t
   if (a.x.dtype == 1 && !a.mask.on) {
     x = static_cast<const float*>(a.x.data) + begin * a.x.stride;
     ldx = a.x.stride;
-  } else if (factor != nullptr || dgain != nullptr || !in_bf16(a)) {
+  } else {
     for (int64_t i = 0; i < t; ++i) {
       widen(a.x, begin + i, 0, stage + i * cols, cols);
       if (a.mask.on) drop(a.mask, begin + i, 0, stage + i * cols, cols);
@@ -425,12 +469,6 @@ void read_block(const ReadArgs& a, const float* factor, int64_t begin, int64_t t
     }
     for (int64_t i = 0; i < t; ++i) narrow(a.u, begin + i, 0, us + i * ranks, ranks);
   }
-#if FASTPEFT_LANES == 16
-  if (g != nullptr && in_bf16(a)) {
-    read_bf16(a, begin, t, ws, g);
-    g = nullptr;
-  }
-#endif
   if (g != nullptr) {
     for (int64_t i = 0; i < t; ++i) widen(a.w, begin + i, 0, ws + i * ranks, ranks);
     for (int64_t b = 0; b < a.n; ++b) {
@@ -444,14 +482,21 @@ void read_part(void* context, int part) {
   ReadJob& job = *static_cast<ReadJob*>(context);
   const ReadArgs& a = job.a;
   const int64_t cols = a.n * a.c, ranks = a.n * a.r, size = a.n * a.r * a.c;
-  const int64_t block = least(64, most(8, kCache / (4 * most(1, cols)) / 4 * 4));
-  const Space space(block * (cols + 2 * ranks) + 4 * cols);
+  const int64_t wide = job.bf16 ? 2 : 4;  // bytes of a number of x while it is read
+  const int64_t block = least(64, most(8, kCache / (wide * most(1, cols)) / 4 * 4));
+  const Space space(block * (cols + 2 * ranks) + 4 * cols);  // a block has eight rows or more, which read_bf16 counts on
   float *stage = space.data, *us = stage + block * cols, *ws = us + block * ranks, *zs = ws + block * ranks;
   float* g = a.g.data == nullptr ? nullptr : job.g + part * size;
   double* dgain = a.dgain == nullptr ? nullptr : job.dgain + part * cols;
   if (g != nullptr) std::memset(g, 0, static_cast<size_t>(size) * 4);
   if (dgain != nullptr) std::memset(dgain, 0, static_cast<size_t>(cols) * 8);
   const Range rows = range_of(a.t, job.parts, part);
+#if FASTPEFT_LANES == 16
+  for (int64_t i = rows.begin; i < rows.end && job.bf16; i += block) {
+    read_bf16(a, job.half, i, least(block, rows.end - i), us, ws, stage, g, dgain);
+  }
+  if (job.bf16) return;
+#endif
   for (int64_t i = rows.begin; i < rows.end; i += block) {
     read_block(a, job.f, i, least(block, rows.end - i), stage, us, ws, zs, g, dgain);
   }
@@ -471,7 +516,12 @@ void read(const ReadArgs& a) {
   const Space f(room_for(a.f, a.n, a.r, a.c)), g(a.g.data == nullptr ? 0 : parts * size);
   const Space room(a.dgain == nullptr ? 0 : 2 * parts * cols);
   double* dgain = reinterpret_cast<double*>(room.data);
-  ReadJob job{a, parts, pack(a.f, a.n, a.r, a.c, f.data), g.data, dgain};
+  const float* factor = pack(a.f, a.n, a.r, a.c, f.data);
+  const bool bf16 = in_bf16(a);
+  const Space half(bf16 && factor != nullptr ? (size + 1) / 2 : 0);
+  BFloat16* rounded = bf16 && factor != nullptr ? reinterpret_cast<BFloat16*>(half.data) : nullptr;
+  if (rounded != nullptr) narrow(factor, rounded, size);
+  ReadJob job{a, parts, factor, rounded, bf16, g.data, dgain};
   parallel(parts, read_part, &job);
   if (a.g.data != nullptr) {
     join(g.data, parts, size);

@@ -35,13 +35,12 @@ cases = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True, params=["avx2", "avx512"])
 def everything_in_cpp(monkeypatch, request):
-    """Each instruction set, whatever the size, and also where torch's own product would be taken."""
+    """Each instruction set, whatever the size."""
     own = lowrank_cpu._EXTENSION.build_info()["lowrank"]
     if not lowrank_cpu._EXTENSION.lowrank_use(request.param):
         pytest.skip(f"this processor has no {request.param}")
     request.addfinalizer(lambda: lowrank_cpu._EXTENSION.lowrank_use(own))
     monkeypatch.setattr(lowrank_cpu, "SMALL", 0)
-    monkeypatch.setattr(lowrank_cpu, "thin_in_torch", lambda dtype, blocks: False)
     torch.set_num_threads(2)
 
 

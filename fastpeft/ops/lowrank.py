@@ -24,9 +24,8 @@ LATE = True
 
 def down(x: Tensor, A: Tensor, dtype: torch.dtype, *, seed: Tensor | None, p: float, blocks: int) -> Tensor:
     """u = drop(x) A^T, [t, R] in `dtype`; x [t, i] may have another dtype (autocast), A is cast to `dtype`."""
-    if (p or x.numel() >= cpu.SMALL) and (p or not cpu.thin_in_torch(dtype, blocks)) and cpu.runs(x, 0):
-        if dtype in cpu.DTYPES:
-            return cpu.read(x, A, dtype, seed=seed, p=p)[0]
+    if (p or x.numel() >= cpu.SMALL) and cpu.runs(x, 0) and dtype in cpu.DTYPES:
+        return cpu.read(x, A, dtype, seed=seed, p=p)[0]
     a = _cast(A, dtype)
     if p == 0.0 and x.dtype is dtype:
         return _down(x, a, blocks)
@@ -108,14 +107,10 @@ def du_db_gain(
 
 def _du_db_cpu(dz, z, v, B, scale, blocks, gain, need_du, need_db) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """du, dB and dgain in one pass over dz; with a gain dz is dy, and the gain meets B and dB."""
-    in_torch = need_du and dz.numel() >= cpu.SMALL and cpu.thin_in_torch(dz.dtype, blocks)
-    read, dB, dgain = cpu.read(
-        dz, B, dz.dtype, up=True, scale=scale, gain=gain, need_u=need_du and not in_torch, w=v if need_db else None, z=z
-    )
-    if in_torch:
-        read = du(dz, B if gain is None else B * gain[:, None], scale, blocks)
+    w = v if need_db else None
+    u, dB, dgain = cpu.read(dz, B, dz.dtype, up=True, scale=scale, gain=gain, need_u=need_du, w=w, z=z)
     return (
-        read if need_du else None,
+        u if need_du else None,
         _cast(dB, B.dtype) if need_db else None,
         None if z is None else _cast(dgain, gain.dtype),
     )
@@ -123,7 +118,7 @@ def _du_db_cpu(dz, z, v, B, scale, blocks, gain, need_du, need_db) -> tuple[Tens
 
 def du(dz: Tensor, B: Tensor, scale: float, blocks: int) -> Tensor:
     """du = scale * dz B, [t, R] in dz's dtype."""
-    if dz.numel() >= cpu.SMALL and not cpu.thin_in_torch(dz.dtype, blocks) and cpu.runs(dz, 0):
+    if dz.numel() >= cpu.SMALL and cpu.runs(dz, 0):
         return cpu.read(dz, B, dz.dtype, up=True, scale=scale)[0]
     b = _cast(B, dz.dtype)
     if blocks == 1:

@@ -1,7 +1,7 @@
 """The low-rank products in C++ (csrc/lowrank.h), registered in torch.library; fastpeft.ops.lowrank decides when they run.
 
 Factors come as they are, A [r, c] or [n, r, c], or as B [c, r] or [n, c, r] with `up`; their constants are folded in while
-they are read, in fp32: a factor is not rounded to x's dtype. Operators without an autograd formula, with fakes; only the
+they are read, in fp32. They are rounded to x's dtype only where the processor multiplies bfloat16 itself. Operators without an autograd formula, with fakes; only the
 seam's Functions call them. Plain tensors skip the dispatcher, which costs as much as a small product.
 """
 
@@ -15,7 +15,6 @@ from fastpeft.ops.dropout import _EXTENSION, _threshold, backend
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _BUILT = hasattr(_EXTENSION, "lowrank_read")
-_BF16 = _BUILT and _EXTENSION.build_info()["bf16_products"]
 _NO_FACTOR = (0, 0, 0)
 OWN = (Tensor, Parameter)
 # numbers of x below which one C++ product costs as much as torch's; several in one call are always worth it
@@ -36,11 +35,6 @@ def writes(u: Tensor, cols: int, blocks: int, p: float, z: Tensor | None = None)
     if (blocks == 1 and p == 0.0) or u.shape[0] * cols < SMALL or not runs(u, 0):
         return False
     return z is None or (z.dtype is u.dtype and z.stride(1) == 1)
-
-
-def thin_in_torch(dtype: torch.dtype, blocks: int) -> bool:
-    """Whether torch's x A^T without a mask is quicker: in bf16, by processors that multiply it."""
-    return blocks == 1 and _BF16 and dtype is torch.bfloat16
 
 
 def read(
