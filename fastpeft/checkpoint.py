@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.adapter import is_conv1d
-from fastpeft.registry import get_recipe
+from fastpeft.registry import PeftFormat, get_recipe
 from fastpeft.report import Report
 from fastpeft.swap import Adaptation, adapt, adaptation, unload
 from fastpeft.targets import checked_targets, matches, output_head
@@ -36,8 +36,9 @@ class CheckpointError(ValueError):
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters, trained modules and trained biases of an adapted model into `folder` (made if absent).
 
-    lora, lora_fa and dora are written in PEFT's own layout and load in stock PEFT. ValueError if the model is not adapted, OSError
-    if the folder cannot be written; the folder then still holds the checkpoint it held before.
+    lora, lora_fa, dora and loha are written in PEFT's own layout and load in stock PEFT; loha not where PEFT's cannot hold it
+    (trained biases, Conv1D layers, a LyCORIS scale). ValueError if the model is not adapted, OSError if the folder cannot be
+    written; the folder then still holds the checkpoint it held before.
     """
     record = adaptation(model, "save_adapter")
     tensors = {key: tensor.detach() for key, tensor in _state(model, record).items()}
@@ -49,7 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
-    """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA) into `model`; returns the Report.
+    """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA, LoHa) into `model`; returns the Report.
 
     A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes.
     16-bit factors are widened to the adapter's fp32 without loss.
@@ -72,7 +73,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
             _check_same(record, methods, settings, options, folder)
         live = _state(model, record)
         tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
-        _check(live, tensors, folder)
+        _check(live, tensors, folder, beside_adapters(model, record))
     except ValueError:
         if fresh:
             unload(model)
@@ -90,11 +91,11 @@ def file_key(path: str, leaf: str) -> str:
 def _state(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
     """File key -> live tensor of everything that the checkpoint holds."""
     state: dict[str, Tensor] = {}
+    form = _peft_format(model, record)
     for site in record.sites:
         for name, method in model.get_submodule(site).adapter.named_children():
-            names = _peft_format(record)
             for leaf, tensor in method.state_dict(keep_vars=True).items():
-                state[file_key(site, names[leaf] if names else f"adapter.{name}.{leaf}")] = tensor
+                state[file_key(site, form.keys[leaf] if form else f"adapter.{name}.{leaf}")] = tensor
     return state | beside_adapters(model, record)
 
 
@@ -116,18 +117,28 @@ def _wrapper_bias(key: str, record: Adaptation) -> bool:
     return record.bias == "all" and key.endswith("bias") and key.startswith(tuple(inside))
 
 
-def _peft_format(record: Adaptation) -> Mapping[str, str] | None:
-    """Parameter name -> PEFT key, where the checkpoint is in PEFT's layout."""
-    own = get_recipe(record.methods[0]).cls.PEFT
-    return own.keys if own is not None and len(record.methods) == 1 else None
+def _peft_format(model: nn.Module, record: Adaptation) -> PeftFormat | None:
+    """PEFT's layout of the method, where the checkpoint is in it: PEFT has the method and can express all that was asked."""
+    recipe = get_recipe(record.methods[0])
+    form = recipe.cls.PEFT
+    if form is None or len(record.methods) > 1 or form.config(recipe.options | record.options) is None:
+        return None
+    needs = {"bias": record.bias != "none", "fan_in_fan_out": _conv1d(model, record)}
+    return None if any(needs[field] for field in form.lacks) else form
+
+
+def _conv1d(model: nn.Module, record: Adaptation) -> bool:
+    return any(is_conv1d(model.get_submodule(s)) for s in record.sites)
 
 
 def _config(model: nn.Module, record: Adaptation) -> dict[str, Any]:
-    if _peft_format(record):
-        recipe = get_recipe(record.methods[0])
-        return peft_config(model, record, recipe.cls.PEFT.config(recipe.options | record.options))
+    recipe = get_recipe(record.methods[0])
+    if form := _peft_format(model, record):
+        return peft_config(model, record, form, recipe.options | record.options)
+    # where PEFT has the method, its peft_type would make PEFT read a folder that it cannot read
+    plain = len(record.methods) == 1 and recipe.cls.PEFT is None
     return {
-        "peft_type": record.methods[0].upper() if len(record.methods) == 1 else _LIBRARY.upper(),
+        "peft_type": record.methods[0].upper() if plain else _LIBRARY.upper(),
         "library": _LIBRARY,
         "methods": record.methods,
         "options": record.options,
@@ -139,20 +150,22 @@ def _config(model: nn.Module, record: Adaptation) -> dict[str, Any]:
     }
 
 
-def peft_config(model: nn.Module, record: Adaptation, own: dict[str, Any]) -> dict[str, Any]:
-    return dict(sorted({
-        "peft_type": "LORA",
+def peft_config(model: nn.Module, record: Adaptation, form: PeftFormat, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The adapter_config.json of a method with these options, which PEFT can express."""
+    fields = {
+        "peft_type": form.peft_type,
         "task_type": _task(model, record),
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
-        "fan_in_fan_out": any(is_conv1d(model.get_submodule(s)) for s in record.sites),
+        "fan_in_fan_out": _conv1d(model, record),
         "target_modules": _targets(model, record),
         "modules_to_save": sorted(record.originals) or None,
         "rank_pattern": record.rank_pattern,
         "alpha_pattern": record.alpha_pattern,
         "bias": record.bias,
-        **own,
-    }.items()))  # fmt: skip
+        **(form.config(options) or {}),
+    }
+    return {key: fields[key] for key in sorted(fields.keys() - form.lacks)}
 
 
 def _task(model: nn.Module, record: Adaptation) -> str | None:
@@ -314,7 +327,7 @@ def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], o
     for name in record.methods:
         defaults |= get_recipe(name).options
     mine, theirs = defaults | record.options, defaults | dict(options)
-    wrong = {k: (theirs[k], mine[k]) for k in mine if k != "dropout" and mine[k] != theirs.get(k)}
+    wrong = {k: (theirs[k], mine[k]) for k in mine if not k.endswith("dropout") and mine[k] != theirs.get(k)}
     for key in ("rank_pattern", "alpha_pattern"):
         if (settings.get(key) or {}) != getattr(record, key):
             wrong[key] = (settings.get(key), getattr(record, key))
@@ -328,8 +341,11 @@ def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], o
         raise CheckpointError(f"load_adapter: {folder} was made with other options (file, model): {wrong}.")
 
 
-def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Any) -> None:
-    """Raise CheckpointError unless the file holds exactly the model's tensors, in shape, in a dtype that fits, and finite."""
+def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Any, beside: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless the file holds exactly the model's tensors, in shape, in a dtype that fits, and finite.
+
+    beside: those that are no adapter's, which may have another dtype.
+    """
     problems = []
     missing, unexpected = sorted(live.keys() - tensors.keys()), sorted(tensors.keys() - live.keys())
     if missing:
@@ -340,7 +356,7 @@ def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: An
     shapes = [f"{k} is {tuple(tensors[k].shape)}, needed {tuple(live[k].shape)}" for k in both if tensors[k].shape != live[k].shape]
     dtypes = [f"{k} is {tensors[k].dtype}, needed {live[k].dtype}" for k in both if not _fits(tensors[k], live[k])]
     broken = [k for k in both if tensors[k].dtype.is_floating_point and not bool(tensors[k].isfinite().all())]
-    kinds = {tensors[k].dtype for k in both if re.search(r"\.(lora_|adapter\.)", k)}
+    kinds = {tensors[k].dtype for k in both if k not in beside}
     if len(kinds) > 1:
         dtypes.append(f"the adapter's tensors have several dtypes: {sorted(map(str, kinds))}")
     for what, found in (("wrong shape", shapes), ("wrong dtype", dtypes), ("NaN or Inf", broken)):

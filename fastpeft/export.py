@@ -19,7 +19,7 @@ from fastpeft.terms import Bias, LowRank
 def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters as a plain PEFT LoRA (scale 1, scales folded into B), wherever low-rank terms are all there is.
 
-    Block-diagonal factors are expanded, several terms at a layer are concatenated by rank.
+    Block-diagonal factors are expanded, several terms at a layer are concatenated by rank; no rank exceeds the layer's own.
     Raises ValueError, writing nothing, for a gain or a token-dependent part: no plain LoRA equals those.
     """
     record = adaptation(model, "export_lora")
@@ -39,7 +39,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     pattern = {f"^{re.escape(s)}$": r for s, r in ranks.items() if r != common}
     plain = {"rank": common, "alpha": common, "dropout": 0.0, "rslora": False, "lora_bias": bool(biased)}
-    config = peft_config(model, record, get_recipe("lora").cls.PEFT.config(plain))
+    config = peft_config(model, record, get_recipe("lora").cls.PEFT, plain)
     config |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
     write_folder(Path(folder), tensors | rest, config, {"methods": ["lora"], "options": plain})
 
@@ -58,4 +58,11 @@ def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
                 f"export_lora: {site!r} has a {type(term).__name__} term, which no plain LoRA can express; "
                 "save_adapter keeps it, merge folds it into the weight."
             )
-    return torch.cat(As).detach(), torch.cat(Bs, 1).detach(), None if bias is None else bias.detach()
+    A, B = torch.cat(As).detach(), torch.cat(Bs, 1).detach()
+    if A.shape[0] > min(B.shape[0], A.shape[1]):  # more ranks than the layer has say no more than the product itself
+        A, B = (B @ A, _eye(B, B.shape[0])) if B.shape[0] < A.shape[1] else (_eye(A, A.shape[1]), B @ A)
+    return A, B, None if bias is None else bias.detach()
+
+
+def _eye(like: Tensor, n: int) -> Tensor:
+    return torch.eye(n, dtype=like.dtype, device=like.device)

@@ -55,11 +55,21 @@ class Site:
 
 @dataclass(frozen=True)
 class PeftFormat:
-    """How PEFT stores a method: its peft_type, the file key of each parameter, and the config fields of given options."""
+    """How PEFT stores a method: its peft_type, the file key of each parameter, and the config fields of given options.
+
+    config: None where PEFT cannot express the options; the folder is then fastpeft's own.
+    config_class: its name in peft.   start: the field that says how PEFT initialises.
+    reads: config field -> option; empty where another method of the same peft_type is what its configs are read as.
+    lacks: what LoraConfig holds and this class does not (bias, fan_in_fan_out).
+    """
 
     peft_type: str
     keys: Mapping[str, str]
-    config: Callable[[Mapping[str, Any]], dict[str, Any]]
+    config: Callable[[Mapping[str, Any]], dict[str, Any] | None]
+    config_class: str = "LoraConfig"
+    reads: Mapping[str, str] = field(default_factory=dict)
+    start: str = "init_lora_weights"
+    lacks: frozenset[str] = frozenset()
 
 
 class Method(nn.Module):
@@ -154,6 +164,18 @@ def get_recipe(name: str) -> Recipe:
     if name in _NOT_OURS:
         raise ValueError(f"adapt: {_NOT_OURS[name]}")
     raise ValueError(f"adapt: method {name!r} does not exist; choose one of {', '.join(sorted(_RECIPES))}.")
+
+
+def peft_reader(peft_type: Any) -> Recipe:
+    """The recipe that a config of this peft_type is read as. Raises ValueError listing what exists."""
+    discover()
+    readers = [r for r in _RECIPES.values() if r.cls.PEFT and r.cls.PEFT.reads and not r.defaults]
+    found = {r.cls.PEFT.peft_type: r for r in reversed(readers)}  # the first of each type
+    if peft_type not in found:
+        kinds = {t: sorted(n for n, r in _RECIPES.items() if r.cls.PEFT and r.cls.PEFT.peft_type == t) for t in sorted(found)}
+        listing = "; ".join(f"{t} ({', '.join(names)})" for t, names in kinds.items())
+        raise ValueError(f"peft config: peft_type {peft_type!r} is not supported; supported are {listing}.")
+    return found[peft_type]
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def adapt(
 ) -> Report:
     """Give the model's linear layers adapters, in place; freeze everything else.
 
-    method: a recipe name, a list of names (their terms add up at each layer), or a peft LoraConfig.
+    method: a recipe name, a list of names (their terms add up at each layer), or a peft config object (LoraConfig, LoHaConfig).
     target_modules: list of names or dotted suffixes, a regex for the whole name, or "all-linear" (the default): every
         nn.Linear and Transformers Conv1D but the output head.   exclude_modules: list or regex, checked first.
     modules_to_save: suffixes of further modules that train and are saved whole, such as a new classification head.

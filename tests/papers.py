@@ -88,3 +88,9 @@ def hydralora(x, W, b, A, heads, G, s, mask=None):
     for i, B in enumerate(heads):
         y = y + s * weights[..., i : i + 1] * linear(linear(masked(x, mask), A), B)
     return y
+
+
+def loha(x, W, b, w1_a, w1_b, w2_a, w2_b, s):
+    """arXiv 2108.06098, proposition 1: the elementwise product of two low-rank matrices, added to W; w?_a [out, r], w?_b [r, in]."""
+    first, second = (torch.einsum("or,ri->oi", a, c) for a, c in ((w1_a, w1_b), (w2_a, w2_b)))
+    return linear(x, W + s * first * second, b)

@@ -103,7 +103,8 @@ def test_dx(shape, dtypes, p, counted):
     m = Problem(shape, dtypes, p)
     dx, added = lowrank.dx(m.u, m.A, **m.how), m.x.clone()
     lowrank.dx_add(added, m.u, m.A, **m.how)
-    assert counted == (["fresh", "write"] if p or m.n > 1 else [])  # BLAS is as quick
+    in_cpp = p or (m.n > 1 and not (m.dtype is BF16 and lowrank_cpu._BF16))  # elsewhere BLAS is as quick
+    assert counted == (["fresh", "write"] if in_cpp else [])
     m.check(dx, lambda u, k, A: k * (u @ A), m.dtype, "dx", u=m.u, k=m.mask, A=dense(m.A))
     m.check(added, lambda x, u, k, A: x + k * (u @ A), m.dtype, "dx", x=m.x, u=m.u, k=m.mask, A=dense(m.A))
 

@@ -1,4 +1,7 @@
-"""PEFT's LoraConfig as a recipe and its options. PEFT itself is not imported: a config object or its JSON is enough."""
+"""PEFT's config objects as a recipe and its options. PEFT itself is not imported: a config object or its JSON is enough.
+
+Which fields mean which option stands with each method (PeftFormat).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from fastpeft.registry import PeftFormat, peft_reader
 from fastpeft.targets import matches
 
 Settings = dict[str, Any]
@@ -14,20 +18,20 @@ Settings = dict[str, Any]
 _HEAD_TASKS, _HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
 
 _SETTINGS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
-_OPTIONS = {"r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "lora_bias": "lora_bias"}
 # fields that say where a config came from or how it was made, not what the adapter computes
 _SILENT = {
     "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type",
-    "fan_in_fan_out", "init_lora_weights", "use_dora", "ephemeral_gpu_offload", "runtime_config",
 }  # fmt: skip
+_SILENT_LORA = {"fan_in_fan_out", "use_dora", "ephemeral_gpu_offload", "runtime_config"}
 # values that PEFT writes when a feature is off
-_OFF: dict[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16, "corda_config": None, "eva_config": None}
+_OFF: dict[str, Any] = {"megatron_core": "megatron.core", "qalora_group_size": 16, "corda_config": None, "eva_config": None,
+                        "bias": "none"}  # fmt: skip
 _PLAIN_STARTS = (True, "true", "True")
 _REPLACE_BASE = ("pissa", "olora", "corda", "loftq", "mica")
 
 
 def from_config(config: Any, model: nn.Module) -> tuple[str, Settings, dict[str, Any]]:
-    """(recipe, adapt's settings, the method's options) of a peft LoraConfig object, for `model`.
+    """(recipe, adapt's settings, the method's options) of a peft config object, for `model`.
 
     As get_peft_model does, a task_type of SEQ_CLS or TOKEN_CLS trains the model's classification head.
 
@@ -38,34 +42,39 @@ def from_config(config: Any, model: nn.Module) -> tuple[str, Settings, dict[str,
             f"adapt: method is a {type(config).__name__}; give a recipe name, a list of names, or a peft config object."
         )
     fields = config.to_dict()
-    if fields.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise ValueError(
-            f"adapt: init_lora_weights={fields['init_lora_weights']!r} of the peft config is not supported; use True."
-        )
+    start = _reader(fields)[1].start
+    if fields.get(start, True) not in _PLAIN_STARTS:
+        raise ValueError(f"adapt: {start}={fields[start]!r} of the peft config is not supported; use True.")
     if getattr(fields.get("task_type"), "value", fields.get("task_type")) in _HEAD_TASKS:
         fields = fields | {"modules_to_save": sorted({*(fields.get("modules_to_save") or ()), *_HEADS})}
     return from_dict(fields, model)
 
 
+def _reader(fields: Mapping[str, Any]) -> tuple[str, PeftFormat]:
+    """The method that these fields belong to by peft_type, and its format."""
+    found = peft_reader(getattr(fields.get("peft_type"), "value", fields.get("peft_type")))
+    assert found.cls.PEFT is not None
+    return found.name, found.cls.PEFT
+
+
 def from_dict(fields: Mapping[str, Any], model: nn.Module) -> tuple[str, Settings, dict[str, Any]]:
     """The same from the JSON of an adapter_config.json; ValueError names what is unknown or unsupported."""
-    kind = getattr(fields.get("peft_type"), "value", fields.get("peft_type"))
-    if kind != "LORA":
-        raise ValueError(f"peft config: peft_type {kind!r} is not supported; supported is 'LORA' (LoRA, rsLoRA, DoRA).")
-    known = {*_SETTINGS, *_OPTIONS, *_SILENT}
+    name, form = _reader(fields)
+    known = {*_SETTINGS, *form.reads, *_SILENT, form.start, *(_SILENT_LORA if form.peft_type == "LORA" else ())} - form.lacks
     active = {k: v for k, v in fields.items() if k not in known and v not in (None, False, {}, [], _OFF.get(k))}
     if active:
         raise ValueError(f"peft config: these fields are set and not supported: {active}. Reset them, or use PEFT for it.")
-    start = fields.get("init_lora_weights", True)
+    start = fields.get(form.start, True)
     if isinstance(start, str) and start.lower().startswith(_REPLACE_BASE):
         raise ValueError(
-            f"peft config: init_lora_weights={start!r} belongs to a changed base weight, which is not in the adapter file; "
+            f"peft config: {form.start}={start!r} belongs to a changed base weight, which is not in the adapter file; "
             "convert it with PEFT's path_initial_model_for_weight_conversion first."
         )
-    name = "dora" if fields.get("use_dora") else "lora"
+    if form.peft_type == "LORA" and fields.get("use_dora"):
+        name = "dora"
     if name == "dora" and fields.get("lora_bias"):
         raise ValueError("peft config: lora_bias with use_dora is not defined (PEFT refuses it too).")
-    options = {ours: fields[theirs] for theirs, ours in _OPTIONS.items() if theirs in fields}
+    options = {ours: fields[theirs] for theirs, ours in form.reads.items() if theirs in fields}
     if name == "dora":
         options.pop("lora_bias", None)
     settings = {key: fields.get(key) for key in _SETTINGS}

@@ -52,13 +52,13 @@ def build_arms(names: list[str], model: Any, new: list[str], settings: Settings,
         torch.manual_seed(seed)
         arms[name] = _BUILD[name](copies[name], new, settings)
     if PEFT in arms and FASTPEFT in arms:
-        if peft_counterpart(settings.method):
+        if peft_counterpart(settings.method, settings.options):
             copy_start(arms[FASTPEFT].model, arms[PEFT].model, settings.method)
             arms[PEFT].note += "; its adapter starts from the same values as fastpeft's"
         else:
             arms[
                 PEFT
-            ].note += f"; PEFT has no {settings.method}, so this is a yardstick and not the same method"
+            ].note += f"; PEFT has no such {settings.method}, so this is a yardstick and not the same method"
     return [arms[name] for name in names]
 
 
@@ -101,7 +101,7 @@ def _fastpeft(model: Any, new: list[str], settings: Settings) -> Arm:
 def _peft(model: Any, new: list[str], settings: Settings) -> Arm:
     import peft
 
-    method = settings.method if peft_counterpart(settings.method) else "lora"
+    method = settings.method if peft_counterpart(settings.method, settings.options) else "lora"
     config = peft_config(method, peft_options(settings), _targets(settings), new)
     config.task_type = "SEQ_CLS" if settings.task == CLASSIFICATION else "CAUSAL_LM"
     try:
@@ -124,31 +124,31 @@ def _targets(settings: Settings) -> str | list[str]:
 
 
 def _adapter_dtype(model: nn.Module) -> str:
-    """Dtypes of the adapters' parameters: those on a path with "adapter" or PEFT's "lora_" in it."""
-    own = {
-        p.dtype for n, p in model.named_parameters() if p.requires_grad and (".adapter." in n or "lora_" in n)
-    }
+    """Dtypes of the adapters' parameters: those on a path with "adapter" or PEFT's "lora_" or "hada_" in it."""
+    marks = (".adapter.", "lora_", "hada_")
+    own = {p.dtype for n, p in model.named_parameters() if p.requires_grad and any(m in n for m in marks)}
     return ", ".join(sorted(str(d).removeprefix("torch.") for d in own)) or "no parameter"
 
 
-def peft_counterpart(method: str) -> bool:
-    """Whether stock PEFT has this method as a LoraConfig."""
+def peft_counterpart(method: str, options: Mapping[str, Any] | None = None) -> bool:
+    """Whether stock PEFT has this method with these options (None: its defaults)."""
     from fastpeft.registry import get_recipe
 
-    stored = get_recipe(method).cls.PEFT
-    return stored is not None and stored.peft_type == "LORA"
+    recipe = get_recipe(method)
+    stored = recipe.cls.PEFT
+    return stored is not None and stored.config(recipe.options | dict(options or {})) is not None
 
 
 def peft_options(settings: Settings) -> dict[str, Any]:
     """The options of PEFT's arm: the method's own, or for a yardstick the rank, alpha and dropout that the
     method shares."""
-    if peft_counterpart(settings.method):
+    if peft_counterpart(settings.method, settings.options):
         return dict(settings.options)
-    return {k: v for k, v in settings.options.items() if k in ("rank", "alpha", "dropout")}
+    return {k: v for k, v in settings.options.items() if k in ("rank", "alpha", "dropout") and v is not None}
 
 
 def peft_config(method: str, options: Mapping[str, Any], targets: str | list[str], new: list[str]) -> Any:
-    """PEFT's LoraConfig for a method that PEFT has, with the method's defaults where `options` says
+    """PEFT's config object for a method that PEFT has, with the method's defaults where `options` says
     nothing."""
     import peft
 
@@ -156,11 +156,12 @@ def peft_config(method: str, options: Mapping[str, Any], targets: str | list[str
 
     recipe = get_recipe(method)
     stored = recipe.cls.PEFT
-    if stored is None:
-        raise ValueError(f"peft_config: PEFT has no {method!r}; ask peft_counterpart first.")
-    fields = stored.config(recipe.options | dict(options))
+    fields = None if stored is None else stored.config(recipe.options | dict(options))
+    if stored is None or fields is None:
+        raise ValueError(f"peft_config: PEFT has no such {method!r}; ask peft_counterpart first.")
     # a list of its own: PEFT appends "classifier" and "score" to the one it is given
-    return peft.LoraConfig(target_modules=targets, modules_to_save=list(new) or None, **fields)
+    make = getattr(peft, stored.config_class)
+    return make(target_modules=targets, modules_to_save=list(new) or None, **fields)
 
 
 @torch.no_grad()
@@ -178,8 +179,9 @@ def copy_start(ours: nn.Module, theirs: nn.Module, method: str) -> None:
         for name, parameter in module.adapter.get_submodule(method).named_parameters():
             stem, dot, leaf = stored.keys[name].partition(".")
             # in memory PEFT puts the adapter's name between: lora_A.default.weight,
-            # lora_magnitude_vector.default.weight
-            key = f"base_model.model.{site}.{stem}.default.{leaf if dot else 'weight'}"
+            # lora_magnitude_vector.default.weight, hada_w1_a.default
+            key = f"base_model.model.{site}.{stem}.default"
+            key = key if key in live else f"{key}.{leaf if dot else 'weight'}"
             if key not in live or live[key].shape != parameter.shape:
                 raise ValueError(f"copy_start: PEFT's model has no {key} of shape {tuple(parameter.shape)}.")
             live[key].copy_(parameter)

@@ -69,7 +69,7 @@ def layers(shape: Shape, method: str, options: Mapping[str, Any], *, seed: int =
     ours = holder()
     fastpeft.adapt(ours, method, target_modules=["linear"], **options)
     found: dict[str, nn.Module] = {FROZEN: holder()}
-    if peft_counterpart(method):
+    if peft_counterpart(method, options):
         import peft
 
         # PeftModel asks any config of the wrapped model for these two; a bare module has none

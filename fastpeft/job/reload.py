@@ -26,7 +26,7 @@ def check_reload(job: Job, arm: Arm, seed: int) -> Reload:
     ours = logits(fresh, batch, job.settings)
 
     theirs = None
-    if job.settings.compare and peft_counterpart(job.settings.method):
+    if job.settings.compare and peft_counterpart(job.settings.method, job.settings.options):
         theirs = _through_peft(job.load(seed + 1)[0], job.adapter_folder)
         theirs = float((logits(theirs, batch, job.settings) - expected).abs().max())
     return Reload(float((ours - expected).abs().max()), theirs, float(expected.abs().max()))

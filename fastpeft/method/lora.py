@@ -18,6 +18,10 @@ from torch import nn
 from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
 from fastpeft.terms import Bias, LowRank, Term
 
+READS = {
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "lora_bias": "lora_bias",
+}  # fmt: skip
+
 
 def scaling(rank: int, alpha: float, rslora: bool) -> float:
     """alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732, theorem 3.2)."""
@@ -40,7 +44,9 @@ def peft_lora(options: Mapping[str, Any]) -> dict[str, Any]:
 @method("lora", paper="arXiv 2106.09685")
 class LoRA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up", "bias": "bias"}
-    PEFT = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}, peft_lora)
+    PEFT = PeftFormat(
+        "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}, peft_lora, reads=READS
+    )
 
     def __init__(
         self,

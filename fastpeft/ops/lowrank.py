@@ -192,8 +192,14 @@ def _down(x: Tensor, a: Tensor, blocks: int) -> Tensor:
 
 def _by_blocks(left: Tensor, right: Tensor) -> Tensor:
     """Block k of left's columns [t, n * c] times right[k], right [n, c, d] -> [t, n * d]."""
-    _, c, _ = right.shape
-    return torch.cat([left[:, k * c : (k + 1) * c] @ b for k, b in enumerate(right)], dim=1)
+    n, c, d = right.shape
+    parts = [left[:, k * c : (k + 1) * c] for k in range(n)]
+    if torch.compiler.is_compiling():
+        return torch.cat([part @ right[k] for k, part in enumerate(parts)], dim=1)
+    out = left.new_empty(left.shape[0], n * d)
+    for k, part in enumerate(parts):
+        torch.mm(part, right[k], out=out[:, k * d : (k + 1) * d])
+    return out
 
 
 def _da(x: Tensor, du: Tensor, A: Tensor, blocks: int) -> Tensor:

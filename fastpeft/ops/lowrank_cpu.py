@@ -15,6 +15,7 @@ from fastpeft.ops.dropout import _EXTENSION, _threshold, backend
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _BUILT = hasattr(_EXTENSION, "lowrank_read")
+_BF16 = _BUILT and _EXTENSION.build_info()["bf16_products"]
 _NO_FACTOR = (0, 0, 0)
 OWN = (Tensor, Parameter)
 # numbers of x below which one C++ product costs as much as torch's; several in one call are always worth it
@@ -31,8 +32,11 @@ def runs(x: Tensor, numbers: int | None = None) -> bool:
 
 
 def writes(u: Tensor, cols: int, blocks: int, p: float, z: Tensor | None = None) -> bool:
-    """Whether they write [t, cols] of u's dtype, fresh or onto z: where there are blocks or a mask; else BLAS is as quick."""
-    if (blocks == 1 and p == 0.0) or u.shape[0] * cols < SMALL or not runs(u, 0):
+    """Whether they write [t, cols] of u's dtype, fresh or onto z: with a mask, or with blocks where the vendor's bfloat16
+    products are not quicker; else BLAS is as quick."""
+    if p == 0.0 and (blocks == 1 or (_BF16 and u.dtype is torch.bfloat16)):
+        return False
+    if u.shape[0] * cols < SMALL or not runs(u, 0):
         return False
     return z is None or (z.dtype is u.dtype and z.stride(1) == 1)
 
