@@ -537,6 +537,7 @@ struct WriteJob {
   const WriteArgs& a;
   int parts;
   const float* f;
+  const uint32_t* pairs;  // f in bfloat16, if the products are
 };
 
 // y = gain * line + bias in columns first .. first + n - 1 of one row; `other` is room for as many
@@ -579,6 +580,114 @@ void scale_rows(const WriteArgs& a, int64_t row, int64_t t, float* line, float* 
         widen(a.z, i, k, line, n);
       }
       scale_row(a, i, k, z, other, n);
+    }
+  }
+}
+
+#if FASTPEFT_LANES == 16
+// spread for bfloat16 u and f, and what follows it, straight from the registers. up [rows, pairs], fp [pairs, c]: two ranks side
+// by side. Pointers to the first row's first column; bias, gain and y may be null.
+struct Finish {
+  BFloat16* z;
+  int64_t z_stride;
+  BFloat16* y;
+  int64_t y_stride;
+  const float *bias, *gain;
+  bool fresh;
+};
+
+template <int M, int V>
+FASTPEFT_BF16 void spread_of_bf16(const uint32_t* up, int64_t ldu, const uint32_t* fp, int64_t ldf, int64_t pairs, const Finish& to, int64_t k) {
+  __m512 acc[M][V];
+  for (int i = 0; i < M; ++i) {
+    for (int v = 0; v < V; ++v) acc[i][v] = _mm512_setzero_ps();
+  }
+  for (int64_t j = 0; j < pairs; ++j) {
+    __m512bh b[V];
+    for (int v = 0; v < V; ++v) b[v] = (__m512bh)_mm512_loadu_si512(fp + j * ldf + k + 16 * v);
+    for (int i = 0; i < M; ++i) {
+      const __m512bh a = (__m512bh)_mm512_set1_epi32(static_cast<int>(up[i * ldu + j]));
+      for (int v = 0; v < V; ++v) acc[i][v] = _mm512_dpbf16_ps(acc[i][v], b[v], a);
+    }
+  }
+  for (int i = 0; i < M; ++i) {
+    for (int v = 0; v < V; ++v) {
+      const int64_t at = k + 16 * v;
+      BFloat16* z = to.z + i * to.z_stride + at;
+      __m512 value = acc[i][v];
+      if (!to.fresh) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(z)));
+        value = _mm512_add_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+      }
+      if (to.y == nullptr && to.bias != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(to.bias + at));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(z), (__m256i)_mm512_cvtneps_pbh(value));
+      if (to.y == nullptr) continue;
+      value = _mm512_mul_ps(value, _mm512_loadu_ps(to.gain + at));
+      if (to.bias != nullptr) value = _mm512_add_ps(value, _mm512_loadu_ps(to.bias + at));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to.y + i * to.y_stride + at), (__m256i)_mm512_cvtneps_pbh(value));
+    }
+  }
+}
+
+template <int M>
+void spread_row_bf16(const uint32_t* up, int64_t ldu, const uint32_t* fp, int64_t ldf, int64_t pairs, const Finish& to, int64_t k, int64_t end) {
+  for (; k + 64 <= end; k += 64) spread_of_bf16<M, 4>(up, ldu, fp, ldf, pairs, to, k);
+  for (; k < end; k += 16) spread_of_bf16<M, 1>(up, ldu, fp, ldf, pairs, to, k);
+}
+
+// u [r] of one token -> its pairs; an odd last one is paired with zero
+void pair_up(const BFloat16* u, int64_t r, uint32_t* out) {
+  for (int64_t j = 0; j < r; j += 2) out[j / 2] = u[j].bits | (j + 1 < r ? static_cast<uint32_t>(u[j + 1].bits) << 16 : 0u);
+}
+
+void write_rows_bf16(const WriteArgs& a, const uint32_t* fp, int64_t row, int64_t t, uint32_t* up) {
+  const int64_t pairs = (a.r + 1) / 2, ldu = a.n * pairs;
+  for (int64_t i = 0; i < t; ++i) {
+    const BFloat16* u = static_cast<const BFloat16*>(a.u.data) + (row + i) * a.u.stride;
+    for (int64_t b = 0; b < a.n; ++b) pair_up(u + b * a.r, a.r, up + i * ldu + b * pairs);
+  }
+  for (int64_t b = 0; b < a.n; ++b) {
+    const int64_t first = b * a.c;
+    for (int64_t k = 0; k < a.c; k += kColumns) {
+      const int64_t end = least(a.c, k + kColumns);
+      for (int64_t i = 0; i < t;) {
+        Finish to{static_cast<BFloat16*>(a.z.data) + (row + i) * a.z.stride + first, a.z.stride, nullptr, a.y.stride,
+                  a.bias == nullptr ? nullptr : a.bias + first, a.gain == nullptr ? nullptr : a.gain + first, a.fresh};
+        if (a.y.data != nullptr) to.y = static_cast<BFloat16*>(a.y.data) + (row + i) * a.y.stride + first;
+        const uint32_t *u = up + i * ldu + b * pairs, *f = fp + b * pairs * a.c;
+        if (i + 4 <= t) {
+          spread_row_bf16<4>(u, ldu, f, a.c, pairs, to, k, end);
+          i += 4;
+        } else {
+          spread_row_bf16<1>(u, ldu, f, a.c, pairs, to, k, end);
+          i += 1;
+        }
+      }
+    }
+  }
+}
+#endif
+
+bool writes_bf16(const WriteArgs& a) {
+#if FASTPEFT_LANES == 16
+  return a.f.data != nullptr && a.z.dtype == 2 && !a.mask.on && a.c % 16 == 0 && bf16_products();
+#else
+  (void)a;
+  return false;
+#endif
+}
+
+// [n, r, c] in fp32 -> pairs of ranks [n, (r + 1) / 2, c] in bfloat16
+void pair_ranks(const float* f, int64_t n, int64_t r, int64_t c, uint32_t* out) {
+  for (int64_t b = 0; b < n; ++b) {
+    for (int64_t j = 0; j < r; j += 2, out += c) {
+      const float *one = f + (b * r + j) * c, *two = one + c;
+      for (int64_t k = 0; k < c; ++k) {
+        BFloat16 low, high{0};
+        store(&low, one[k]);
+        if (j + 1 < r) store(&high, two[k]);
+        out[k] = low.bits | static_cast<uint32_t>(high.bits) << 16;
+      }
     }
   }
 }
@@ -629,6 +738,12 @@ void write_part(void* context, int part) {
   const Range rows = range_of(a.t, job.parts, part);
   for (int64_t i = rows.begin; i < rows.end; i += height) {
     const int64_t t = least(height, rows.end - i);
+#if FASTPEFT_LANES == 16
+    if (job.pairs != nullptr) {
+      write_rows_bf16(a, job.pairs, i, t, reinterpret_cast<uint32_t*>(us));
+      continue;
+    }
+#endif
     if (job.f == nullptr) {
       scale_rows(a, i, t, lines, other);
       continue;
@@ -640,7 +755,12 @@ void write_part(void* context, int part) {
 
 void write(const WriteArgs& a) {
   const Space f(room_for(a.f, a.n, a.r, a.c));
-  WriteJob job{a, parts_for(a.t, a.n * a.c, a.threads), pack(a.f, a.n, a.r, a.c, f.data)};
+  const float* factor = pack(a.f, a.n, a.r, a.c, f.data);
+  const bool bf16 = writes_bf16(a);
+  const Space room(bf16 ? a.n * ((a.r + 1) / 2) * a.c : 0);
+  uint32_t* pairs = bf16 ? reinterpret_cast<uint32_t*>(room.data) : nullptr;
+  if (bf16) pair_ranks(factor, a.n, a.r, a.c, pairs);
+  WriteJob job{a, parts_for(a.t, a.n * a.c, a.threads), factor, pairs};
   parallel(job.parts, write_part, &job);
 }
 

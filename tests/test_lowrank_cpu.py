@@ -26,7 +26,7 @@ SCALE = 0.37
 pytestmark = pytest.mark.skipif(not lowrank_cpu._BUILT, reason="fastpeft._C was built without the low-rank products")
 
 # tokens, in, out, blocks, rank: ragged, multiples of 32 columns (bfloat16 products), wider than a tile and than a cached piece, blocks at no multiple of a vector
-SHAPES = [(33, 40, 35, 1, 5), (67, 64, 96, 1, 12), (70, 128, 192, 2, 8), (70, 300, 270, 2, 16), (9, 39, 36, 3, 4), (131, 600, 1100, 1, 7), (5, 16, 8, 1, 1)]
+SHAPES = [(33, 40, 35, 1, 5), (67, 64, 96, 1, 13), (70, 128, 192, 2, 8), (70, 300, 270, 2, 16), (9, 39, 36, 3, 4), (131, 600, 1100, 1, 7), (5, 16, 8, 1, 1)]
 DTYPES = [(F32, F32), (BF16, F32), (BF16, BF16), (F16, F32)]
 cases = pytest.mark.parametrize(
     ("shape", "dtypes", "p"), list(itertools.product(SHAPES, DTYPES, (0.0, 0.3))), ids=lambda v: str(v).replace("torch.", "")
@@ -103,8 +103,7 @@ def test_dx(shape, dtypes, p, counted):
     m = Problem(shape, dtypes, p)
     dx, added = lowrank.dx(m.u, m.A, **m.how), m.x.clone()
     lowrank.dx_add(added, m.u, m.A, **m.how)
-    in_cpp = p or (m.n > 1 and not (m.dtype is BF16 and lowrank_cpu._BF16))  # elsewhere BLAS is as quick
-    assert counted == (["fresh", "write"] if in_cpp else [])
+    assert counted == (["fresh", "write"] if p or m.n > 1 else [])  # elsewhere BLAS is as quick
     m.check(dx, lambda u, k, A: k * (u @ A), m.dtype, "dx", u=m.u, k=m.mask, A=dense(m.A))
     m.check(added, lambda x, u, k, A: x + k * (u @ A), m.dtype, "dx", x=m.x, u=m.u, k=m.mask, A=dense(m.A))
 
@@ -112,6 +111,7 @@ def test_dx(shape, dtypes, p, counted):
 @pytest.mark.parametrize(("shape", "dtypes"), list(itertools.product(SHAPES, DTYPES)))
 def test_up(shape, dtypes, counted, monkeypatch):
     monkeypatch.setattr(lowrank_cpu, "writes", lambda *a: True)
+    monkeypatch.setattr(lowrank_cpu, "gains", lambda *a: True)
     m = Problem(shape, dtypes, 0.0)
     formula = lambda v, B, b: SCALE * (v @ B.T) + b  # noqa: E731
     m.check(lowrank.up(m.v, m.B, SCALE, m.n, m.bias), formula, m.dtype, "z", v=m.v, B=dense(m.B), b=m.bias)

@@ -68,7 +68,7 @@ def up_add_gain(
     z: Tensor, v: Tensor, B: Tensor, scale: float, blocks: int, gain: Tensor, bias: Tensor | None
 ) -> Tensor:
     """z += scale * v B^T in place, and a fresh y = gain * z + bias [t, o]; gain, bias [o]."""
-    if cpu.writes(v, z.shape[1], blocks, 0.0, z) or (z.numel() < cpu.SMALL and cpu.runs(z, 0) and v.dtype is z.dtype):
+    if cpu.gains(z, v, blocks):
         return cpu.write_gain(z, v, B, scale, gain, bias)
     up_add(z, v, B, scale, blocks)
     return gain_ops.scale_rows(z, gain, bias)

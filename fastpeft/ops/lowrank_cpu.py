@@ -32,13 +32,16 @@ def runs(x: Tensor, numbers: int | None = None) -> bool:
 
 
 def writes(u: Tensor, cols: int, blocks: int, p: float, z: Tensor | None = None) -> bool:
-    """Whether they write [t, cols] of u's dtype, fresh or onto z: with a mask, or with blocks where the vendor's bfloat16
-    products are not quicker; else BLAS is as quick."""
-    if p == 0.0 and (blocks == 1 or (_BF16 and u.dtype is torch.bfloat16)):
-        return False
-    if u.shape[0] * cols < SMALL or not runs(u, 0):
+    """Whether they write [t, cols] of u's dtype, fresh or onto z: with a mask or blocks; else BLAS is as quick."""
+    if (blocks == 1 and p == 0.0) or u.shape[0] * cols < SMALL or not runs(u, 0):
         return False
     return z is None or (z.dtype is u.dtype and z.stride(1) == 1)
+
+
+def gains(z: Tensor, v: Tensor, blocks: int) -> bool:
+    """Whether they write z and gain * z in one pass: with blocks, in bfloat16 where it is multiplied, or little of it."""
+    quick = blocks > 1 or z.numel() < SMALL or (_BF16 and z.dtype is torch.bfloat16)
+    return quick and v.dtype is z.dtype and runs(z, 0)
 
 
 def read(
