@@ -39,7 +39,7 @@ def down(x: Tensor, A: Tensor, dtype: torch.dtype, *, seed: Tensor | None, p: fl
 
 def up(v: Tensor, B: Tensor, scale: float, blocks: int, bias: Tensor | None) -> Tensor:
     """A fresh z = scale * v B^T + bias, [t, o] in v's dtype; B and bias [o] are cast to it."""
-    if cpu.writes(v, B.shape[-2] * blocks, blocks, 0.0):
+    if v.shape[0] * B.shape[-2] * blocks >= cpu.SMALL and cpu.runs(v, 0):
         return cpu.fresh(v, B, up=True, scale=scale, bias=bias)
     if blocks == 1:
         b = _cast(B, v.dtype).t()
