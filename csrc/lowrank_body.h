@@ -65,12 +65,29 @@ inline float total_of(Vec v) {
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Room for `numbers` floats until the end of the scope, of unknown content. Each thread keeps what it once had, in the order
+// of nesting: memory of this size would otherwise be mapped, faulted in and unmapped again in every call.
+struct Pool {
+  float* data[8];
+  int64_t size[8];
+  int depth;
+};
+thread_local Pool pool;
+
 struct Space {
   float* data;
-  explicit Space(int64_t numbers) : data(static_cast<float*>(std::malloc(static_cast<size_t>(most(1, numbers)) * 4))) {
-    if (data == nullptr) std::abort();  // a thread of OpenMP's cannot throw
+  explicit Space(int64_t numbers) {
+    const int k = pool.depth++;
+    if (k >= 8) std::abort();
+    if (pool.size[k] < numbers || pool.data[k] == nullptr) {
+      std::free(pool.data[k]);
+      pool.size[k] = most(1, numbers);
+      pool.data[k] = static_cast<float*>(std::malloc(static_cast<size_t>(pool.size[k]) * 4));
+      if (pool.data[k] == nullptr) std::abort();  // a thread of OpenMP's cannot throw
+    }
+    data = pool.data[k];
   }
-  ~Space() { std::free(data); }
+  ~Space() { --pool.depth; }
   Space(const Space&) = delete;
   Space& operator=(const Space&) = delete;
 };

@@ -64,10 +64,16 @@ class Plain:
 
     def grad_linear(self, dz: Tensor, gain: Tensor | None = None) -> Tensor:
         """dz [tokens, out] -> (gain * dz) W [tokens, in] in dz's dtype, gain [out]; no autograd (ops call it)."""
+        W = self.W
         if gain is None:
-            return torch.mm(dz, _cast(self.W, dz.dtype))
-        dx = dz.new_zeros(dz.shape[0], self.in_features)
-        self.grad_onto(dx, dz, gain)
+            return torch.mm(dz, _cast(W, dz.dtype))
+        if dz.shape[0] > self.in_features:
+            return torch.mm(dz, scale_columns(W, gain, dz.dtype))
+        if dz.shape[0] <= GEMM_ROWS or torch.compiler.is_compiling():
+            return torch.mm(scale_rows(dz, gain), _cast(W, dz.dtype))
+        dx = dz.new_empty(dz.shape[0], self.in_features)
+        for s in row_blocks(dz.shape[0], GEMM_ROWS):
+            torch.mm(scale_rows(dz[s], gain), _cast(W, dz.dtype), out=dx[s])
         return dx
 
     def grad_onto(self, dx: Tensor, dz: Tensor, gain: Tensor | None = None) -> None:

@@ -22,6 +22,12 @@ from fastpeft.ops.slabs import slabs
 LATE = True
 
 
+def base_first(dz: Tensor) -> bool:
+    """Whether dx starts with the base product and the adapter's share is added: for bfloat16 on the CPU, where a product that
+    accumulates costs more than one that does not. Elsewhere it is the other way round."""
+    return dz.dtype is torch.bfloat16 and dz.device.type == "cpu"
+
+
 def down(x: Tensor, A: Tensor, dtype: torch.dtype, *, seed: Tensor | None, p: float, blocks: int) -> Tensor:
     """u = drop(x) A^T, [t, R] in `dtype`; x [t, i] may have another dtype (autocast), A is cast to `dtype`."""
     if (p or x.numel() >= cpu.SMALL) and cpu.runs(x, 0) and dtype in cpu.DTYPES:

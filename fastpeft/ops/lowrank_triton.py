@@ -16,6 +16,11 @@ from fastpeft.ops.launch import check, check_dtype, kernels
 LATE = False
 
 
+def base_first(dz: Tensor) -> bool:
+    """The adapter's share of dx comes first, and the vendor's GEMM accumulates onto it."""
+    return False
+
+
 def down(x: Tensor, A: Tensor, dtype: torch.dtype, *, seed: Tensor | None, p: float, blocks: int) -> Tensor:
     """u = drop(x) A^T, [t, R] in `dtype`; x [t, i], A [r, i] or [n, r, i/n] in any dtype of their own."""
     return _DOWN(x, A, dtype, seed, p, blocks)

@@ -145,8 +145,13 @@ class One(torch.autograd.Function):
                 dy, z, u, B, scale, blocks, gain, need_du=need_u, need_db=need_b, need_dgain=need_gain
             )
         if need_x:
-            dx = ops.dx(du, A, seed=seed, p=p, blocks=blocks)
-            base.grad_onto(dx, dz, gain if ops.LATE else None)
+            late = gain if ops.LATE else None
+            if ops.base_first(dz):
+                dx = base.grad_linear(dz, late)
+                ops.dx_add(dx, du, A, seed=seed, p=p, blocks=blocks)
+            else:
+                dx = ops.dx(du, A, seed=seed, p=p, blocks=blocks)
+                base.grad_onto(dx, dz, late)
             if len(ctx.x_shape) != 2:
                 dx = dx.reshape(ctx.x_shape)
             if dx.dtype is not ctx.x_dtype:
