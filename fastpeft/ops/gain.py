@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops import lowrank_cpu as cpu
-from fastpeft.ops.slabs import SLAB_BYTES, slabs
+from fastpeft.ops.slabs import SLAB_BYTES, slabs_of
 
 
 def scale_rows(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -17,7 +17,7 @@ def scale_rows(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
         return cpu.scale_columns(z, g, bias)
     y = torch.empty_like(z)
     wide_bias = None if bias is None else bias.to(g.dtype)
-    for s in slabs(z.shape[0], z.shape[1], g.element_size()):
+    for s in slabs_of(z, g.element_size()):
         y[s] = z[s] * g if wide_bias is None else torch.addcmul(wide_bias, z[s], g)
     return y
 
@@ -25,7 +25,7 @@ def scale_rows(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
 def scale_columns(W: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     """A fresh diag(g) W, [o, i] in `dtype`; computed in the wider of the two dtypes and rounded once."""
     out = torch.empty(W.shape, dtype=dtype, device=W.device)
-    for s in slabs(W.shape[0], W.shape[1], g.element_size()):
+    for s in slabs_of(W, g.element_size()):
         torch.mul(W[s], g[s, None], out=out[s]) if g.dtype == W.dtype == dtype else out[s].copy_(W[s] * g[s, None])
     return out
 
@@ -35,7 +35,7 @@ def add_scaled_rows_(y: Tensor, z: Tensor, g: Tensor) -> None:
     if g.dtype == z.dtype:
         y.addcmul_(z, g)
         return
-    for s in slabs(z.shape[0], z.shape[1], g.element_size()):
+    for s in slabs_of(z, g.element_size()):
         y[s] = y[s] + z[s] * g
 
 
@@ -45,6 +45,6 @@ def grad_gain(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     if dy.dtype is z.dtype is wide and dy.numel() * wide.itemsize <= SLAB_BYTES:
         return (dy * z).sum(0).to(dtype)
     total = dy.new_zeros(dy.shape[1], dtype=wide)
-    for s in slabs(dy.shape[0], dy.shape[1], wide.itemsize):
+    for s in slabs_of(dy, wide.itemsize):
         total += (dy[s].to(wide) * z[s]).sum(0)
     return total.to(dtype)

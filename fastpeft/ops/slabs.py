@@ -21,6 +21,11 @@ def slabs(rows: int, width: int, itemsize: int) -> Iterator[slice]:
     return row_blocks(rows, max(1, SLAB_BYTES // max(1, width * itemsize)))
 
 
+def slabs_of(t: torch.Tensor, itemsize: int) -> Iterator[slice]:
+    """slabs of t's rows at `itemsize` bytes a number on the CPU; one slice elsewhere, where each would be a launch."""
+    return slabs(t.shape[0], t.shape[1], itemsize) if t.device.type == "cpu" else row_blocks(t.shape[0], max(1, t.shape[0]))
+
+
 def row_blocks(rows: int, step: int) -> Iterator[slice]:
     """Slices that cover `rows` rows, `step` at a time; one slice while torch.compile traces."""
     if torch.compiler.is_compiling():
