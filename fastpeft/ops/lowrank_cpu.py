@@ -1,8 +1,9 @@
 """The low-rank products in C++ (csrc/lowrank.h), registered in torch.library; fastpeft.ops.lowrank decides when they run.
 
 Factors come as they are, A [r, c] or [n, r, c], or as B [c, r] or [n, c, r] with `up`; their constants are folded in while
-they are read, in fp32. They are rounded to x's dtype only where the processor multiplies bfloat16 itself. Operators without an autograd formula, with fakes; only the
-seam's Functions call them. Plain tensors skip the dispatcher, which costs as much as a small product.
+they are read, in fp32. They are rounded to x's dtype only where the processor multiplies bfloat16 itself. Operators without
+an autograd formula, with fakes; only the seam's Functions call them. Plain tensors skip the dispatcher, which costs as much
+as a small product.
 """
 
 from __future__ import annotations
