@@ -6,6 +6,8 @@ op is written once per format.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -13,6 +15,8 @@ from torch.nn.functional import linear
 from fastpeft.ops.gain import scale_columns, scale_rows
 from fastpeft.ops.rownorm import row_gain, row_sq_norm
 from fastpeft.ops.slabs import once, row_blocks
+from fastpeft.ops.sparse import scatter
+from fastpeft.ops.workspace import workspace
 
 _W_TRAINS = (
     "{}: W trains, and the norm's gradient in W is not computed; freeze W, or hold the norm constant (dora: grad='simple')."
@@ -113,6 +117,26 @@ class Plain:
         if not constant and self.W.requires_grad:
             raise ValueError(_W_TRAINS.format("row_gain"))
         return row_gain(m, self.W.detach(), A, B, scale, not constant)
+
+    def plus(self, delta: Tensor, scale: float = 1.0) -> Plain:
+        """W + scale * delta, added in W's dtype, in a workspace: good for the next product only (ops call it)."""
+        W = self.W.detach()
+        if torch.compiler.is_compiling():
+            return Plain(torch.add(W, delta.to(W.dtype), alpha=scale))
+        out = workspace(W.shape[0], W.shape[1], W.dtype, W.device)
+        return Plain(torch.add(W, delta.to(W.dtype), alpha=scale, out=out))
+
+    def scattered(self, values: Tensor, index: Tensor, copy: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -> Plain:
+        """W with values [nnz] added at index [2, nnz], each sum rounded once to W's dtype, in a workspace as plus's.
+
+        copy(W, values, index, out) does it.
+        """
+        W = self.W.detach()
+        if torch.compiler.is_compiling():
+            return Plain(scatter(W.clone(), values, index))
+        out = workspace(W.shape[0], W.shape[1], W.dtype, W.device)
+        copy(W, values, index, out)
+        return Plain(out)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A copy of W [out, in] in `dtype`."""

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 
 from fastpeft.checkpoint import beside_adapters, file_key, peft_config, write_folder
 from fastpeft.registry import get_recipe
-from fastpeft.swap import adaptation, static_terms
-from fastpeft.terms import Bias, LowRank
+from fastpeft.swap import adaptation, refuse_ffns, static_terms
+from fastpeft.terms import Bias, Kron, LowRank, plain_factors
 
 
 def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the adapters as a plain PEFT LoRA (scale 1, scales folded into B), wherever low-rank terms are all there is.
+    """Write the adapters as a plain PEFT LoRA (scale 1, scales folded into B), wherever low-rank and Kronecker terms are all there is.
 
     Block-diagonal factors are expanded, several terms at a layer are concatenated by rank; no rank exceeds the layer's own.
-    Raises ValueError, writing nothing, for a gain or a token-dependent part: no plain LoRA equals those.
+    Raises ValueError, writing nothing, for a gain, a token-dependent part or an adapter beside an FFN: no plain LoRA equals
+    those.
     """
     record = adaptation(model, "export_lora")
+    refuse_ffns(model, record, "export_lora")
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     biased = []
@@ -48,9 +50,14 @@ def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
     As, Bs, bias = [], [], None
     for term in static_terms(module, "export_lora"):
         if isinstance(term, LowRank):
+            A, B = plain_factors(term)
             one = term.blocks == 1
-            As.append(term.A if one else torch.block_diag(*term.A))
-            Bs.append((term.B if one else torch.block_diag(*term.B)) * term.scale)
+            As.append(A if one else torch.block_diag(*A))
+            Bs.append((B if one else torch.block_diag(*B)) * term.scale)
+        elif isinstance(term, Kron):
+            A, B = _kron_factors(term)
+            As.append(A)
+            Bs.append(B)
         elif isinstance(term, Bias):
             bias = term.b if bias is None else bias + term.b
         else:
@@ -62,6 +69,14 @@ def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
     if A.shape[0] > min(B.shape[0], A.shape[1]):  # more ranks than the layer has say no more than the product itself
         A, B = (B @ A, _eye(B, B.shape[0])) if B.shape[0] < A.shape[1] else (_eye(A, A.shape[1]), B @ A)
     return A, B, None if bias is None else bias.detach()
+
+
+def _kron_factors(term: Kron) -> tuple[Tensor, Tensor]:
+    """(C o D) = (C1 o D1) (C2 o D2) with C = C1 C2 and D = D1 D2, one of each pair the identity of the shorter side."""
+    (C1, C2), (D1, D2) = (
+        (_eye(m, len(m)), m) if m.shape[0] <= m.shape[1] else (m, _eye(m, m.shape[1])) for m in (term.C, term.D)
+    )
+    return torch.kron(C2, D2), torch.kron(C1, D1) * term.scale
 
 
 def _eye(like: Tensor, n: int) -> Tensor:

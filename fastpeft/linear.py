@@ -12,8 +12,10 @@ from fastpeft.base import Plain
 from fastpeft.ops import lowrank, small
 from fastpeft.ops.dropout import draw_seed
 from fastpeft.ops.family import resolve
+from fastpeft.ops.parts import Part
 from fastpeft.ops.seam import Down, One, OnePlan, Plan, Post, Read, Up, Whole, Write
-from fastpeft.terms import Gain, LowRank, Term, validate
+from fastpeft.parts import part_of
+from fastpeft.terms import Bias, Gain, KhatriRao, LowRank, Term, validate
 
 
 def adapted_linear(
@@ -29,7 +31,7 @@ def adapted_linear(
 
     x: [..., in], one to any number of dimensions, any strides; an empty batch gives an empty y.
     weight_or_base: W [out, in], or a base of fastpeft.base.   bias: [out] or None.
-    terms: LowRank, Gain, Bias of fastpeft.terms. Terms with the same A object and dropout read x once.
+    terms: LowRank, Gain, Bias, Kron, Sparse, Dense of fastpeft.terms. Terms with the same A object and dropout read x once.
     seed: 0-dim int64 tensor for every dropout of this call; None draws one from torch's generator on x's device.
     impl: None picks by device; "torch" is the reference; "triton" runs Triton or raises. FASTPEFT_IMPL sets the default.
     Returns y [..., out] in the autocast dtype if autocast is on, else in the base's dtype. Factors may have a wider dtype
@@ -53,22 +55,22 @@ def run_terms(
     impl: str | None = None,
 ) -> Tensor:
     """adapted_linear without the checks of terms and x, for callers whose terms were checked when they were built."""
-    if len(terms) == 1 and type(terms[0]) is LowRank:
-        lows, gain = [terms[0]], None
+    if len(terms) == 1 and type(terms[0]) is LowRank and type(terms[0].A) is not KhatriRao:
+        lows, gain, wholes = [terms[0]], None, list[Term]()
     else:
-        lows, gain, bias = _sorted(terms, bias)
-    run = _run_for(base, lows, gain)
+        lows, gain, bias, wholes = _sorted(terms, bias)
+    run = _run_for(base, lows, gain, wholes)
     if seed is None and ((gain is not None and gain.dropout > 0.0) or any([t.dropout > 0.0 for t in lows])):
         seed = draw_seed(x.device)
     device, dtype = x.device.type, base.dtype
     if not torch.is_autocast_enabled(device):
-        return run(x, base, bias, lows, gain, seed, dtype, resolve(impl, device, x.dtype, dtype), None)
+        return run(x, base, bias, lows, gain, wholes, seed, dtype, resolve(impl, device, x.dtype, dtype), None)
     if torch.float64 not in (x.dtype, dtype):
         dtype = torch.get_autocast_dtype(device)
     middle = torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
         ops = resolve(impl, device, x.dtype, dtype)
-        return run(x, base, bias, lows, gain, seed, dtype, ops, (device, middle))
+        return run(x, base, bias, lows, gain, wholes, seed, dtype, ops, (device, middle))
 
 
 def _gain(base: Any, gain: Gain | None) -> Tensor | None:
@@ -79,31 +81,52 @@ def _gain(base: Any, gain: Gain | None) -> Tensor | None:
     return base.row_gain(gain.g, low.A, low.B, low.scale, constant=True)
 
 
-def _sorted(terms: Sequence[Term], bias: Tensor | None) -> tuple[list[LowRank], Gain | None, Tensor | None]:
-    """LowRank terms, fused where they can be, the gain, and the bias with every Bias."""
+def _sorted(
+    terms: Sequence[Term], bias: Tensor | None
+) -> tuple[list[LowRank], Gain | None, Tensor | None, list[Term]]:
+    """LowRank terms, fused where they can be, the gain, the bias with every Bias, and the terms differentiated whole."""
     lows: list[LowRank] = []
+    wholes: list[Term] = []
     gain = None
     for t in terms:
         if type(t) is LowRank:
-            lows.append(t)
+            if type(t.A) is KhatriRao or type(t.B) is KhatriRao:
+                wholes.append(t)
+            else:
+                lows.append(t)
         elif type(t) is Gain:
             gain = t
-        else:
+        elif type(t) is Bias:
             bias = t.b if bias is None else bias + t.b
-    return (_grouped(lows) if len(lows) > 1 else lows), gain, bias
+        else:
+            wholes.append(t)
+    return (_grouped(lows) if len(lows) > 1 else lows), gain, bias, wholes
 
 
-def _run_for(base: Any, lows: list[LowRank], gain: Gain | None) -> Callable[..., Tensor]:
+def _run_for(base: Any, lows: list[LowRank], gain: Gain | None, wholes: list[Term]) -> Callable[..., Tensor]:
     """The Function, or Functions, that these terms need."""
     for t in lows:
         if t.mid is not None or t.post is not None or t.rows is not None:
             return _with_middles
-    if len(lows) == 1 and (gain is None or gain.dropout == 0.0) and not base.trains:
+    if len(lows) == 1 and not wholes and (gain is None or gain.dropout == 0.0) and not base.trains:
         return _one
     return _whole if len({id(t.A) for t in lows}) == len(lows) else _with_middles
 
 
-def _one(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
+def _parts(
+    base: Any, wholes: list[Term], gain: Gain | None, dtype: torch.dtype, ops: Any, grad: bool
+) -> tuple[tuple[Part, ...], list[Tensor], bool]:
+    """Each whole term's part, their tensors, and whether one of those trains."""
+    if not wholes:
+        return (), [], False
+    # a dropped base product would drop what was added to W too
+    on_base = gain is None or gain.dropout == 0.0
+    found = [part_of(t, base, dtype, on_base=on_base, triton=ops is not lowrank) for t in wholes]
+    tensors = [t for _, own in found for t in own]
+    return tuple([p for p, _ in found]), tensors, grad and any([t.requires_grad for t in tensors])
+
+
+def _one(x, base, bias, lows, gain, wholes, seed, dtype, ops, autocast) -> Tensor:
     """One term, no middle."""
     (t,) = lows
     A, B = t.A, t.B
@@ -121,13 +144,14 @@ def _one(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
     return One.apply(plan, x, A, B, bias, g, seed)
 
 
-def _whole(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
+def _whole(x, base, bias, lows, gain, wholes, seed, dtype, ops, autocast) -> Tensor:
     """One Function for terms without a middle."""
     tensors: list[Tensor | None] = []
     keep: list[bool] = []
     weight = base.W if base.trains else None
     grad = torch.is_grad_enabled()
-    keep_x = grad and weight is not None
+    parts, own, trains = _parts(base, wholes, gain, dtype, ops, grad)
+    keep_x = grad and (weight is not None or trains)
     for t in lows:
         tensors += (t.A, t.B)
         keep.append(grad and t.B.requires_grad)
@@ -136,20 +160,23 @@ def _whole(x, base, bias, lows, gain, seed, dtype, ops, autocast) -> Tensor:
     keep.append(grad and g is not None and g.requires_grad)
     reads = tuple([Read(t.dropout, t.blocks, False) for t in lows])
     writes = tuple([Write(t.scale, t.blocks) for t in lows])
-    plan = Plan(ops, base, dtype, gain_p, reads, writes, keep_x, tuple(keep))
-    return Whole.apply(plan, x, weight, bias, g, seed, *tensors, None)
+    plan = Plan(ops, base, dtype, gain_p, reads, writes, keep_x, tuple(keep), parts)
+    return Whole.apply(plan, x, weight, bias, g, seed, *tensors, *own, None)
 
 
-def _with_middles(x, base, bias, lows, gain, seed, dtype, ops, autocast: tuple[str, torch.dtype] | None) -> Tensor:
+def _with_middles(
+    x, base, bias, lows, gain, wholes, seed, dtype, ops, autocast: tuple[str, torch.dtype] | None
+) -> Tensor:
     """Down, the middles, Up."""
     reads, slots, tensors = _reads(lows)
     weight = base.W if base.trains else None
     grad = torch.is_grad_enabled()
-    keep_x = grad and (weight is not None or any(t is not None and t.requires_grad for t in tensors))
+    parts, own, trains = _parts(base, wholes, gain, dtype, ops, grad)
+    keep_x = grad and (weight is not None or trains or any(t is not None and t.requires_grad for t in tensors))
     g, gain_p = _gain(base, gain), 0.0 if gain is None else gain.dropout
     writes = tuple(Write(t.scale, t.blocks) for t in lows if t.post is None)
-    plan = Plan(ops, base, dtype, gain_p, reads, writes, keep_x, ())
-    carry, *us = Down.apply(plan, x, weight, None if g is None else g.detach(), seed, *tensors, None)
+    plan = Plan(ops, base, dtype, gain_p, reads, writes, keep_x, (), parts)
+    carry, *us = Down.apply(plan, x, weight, None if g is None else g.detach(), seed, *tensors, *own, None)
     n = len(reads)
     probes: dict[int, Tensor] = {}
     for k, read in enumerate(reads):
@@ -166,7 +193,8 @@ def _with_middles(x, base, bias, lows, gain, seed, dtype, ops, autocast: tuple[s
             added = Post.apply(v, t.B, t.scale, t.post)
             extra = added if extra is None else extra + added
     keep = (*(grad and B.requires_grad for B in pairs[1::2]), grad and g is not None and g.requires_grad)
-    return Up.apply(plan._replace(keep=keep), x.detach(), carry, bias, g, extra, seed, *pairs, None)
+    detached = [t.detach() for t in own]
+    return Up.apply(plan._replace(keep=keep), x.detach(), carry, bias, g, extra, seed, *pairs, *detached, None)
 
 
 def _reads(lows: list[LowRank]) -> tuple[tuple[Read, ...], list[int], list[Tensor | None]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,30 @@ Mid = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 Post = Callable[[Tensor], Tensor]
 
 
+class KhatriRao(NamedTuple):
+    """The factor that two of one shape make: every row of `a` times every row of `b` as A, every column as B.
+
+    As A, a and b [r, in] stand for [r*r, in], whose row i*r + j is a[i] * b[j]; as B, a and b [out, r] for [out, r*r].
+    B A is then (Ba Aa) * (Bb Ab), elementwise.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def rows(self) -> Tensor:
+        return (self.a[:, None] * self.b).flatten(0, 1)
+
+    def columns(self) -> Tensor:
+        return (self.a[:, :, None] * self.b[:, None]).flatten(1)
+
+
 @dataclass(eq=False, slots=True)
 class LowRank:
     """scale * post( mid(drop(x) A^T, x rows^T, x) B^T )
 
     A [R, in] or [n, r, in/n] with `blocks=n` (block-diagonal, R = n*r).   B [out, R'] or [n, out/n, r].
+    A and B may both be a KhatriRao; the term is then plain (no mid, rows, post, dropout or blocks), and nothing of rank r*r
+    is kept for backward.
     rows [P, in]: router or gate rows; they read x *before* dropout.
     mid(u, p, x) -> [..., R']: any torch function of the token; it sees x's leading dimensions; p is None without rows.
         Constants belong in A or B instead, so that merge works.
@@ -31,8 +51,8 @@ class LowRank:
     scale multiplies the whole term.
     """
 
-    A: Tensor
-    B: Tensor
+    A: Tensor | KhatriRao
+    B: Tensor | KhatriRao
     scale: float = 1.0
     mid: Mid | None = None
     rows: Tensor | None = None
@@ -63,19 +83,72 @@ class Bias:
     b: Tensor
 
 
-Term = LowRank | Gain | Bias
+@dataclass(eq=False, slots=True)
+class Kron:
+    """scale * x (C o D)^T, o the Kronecker product: C [a, c], D [b, d], out = a*b, in = c*d.
+
+    Entry (i*b + k, j*d + l) of the update is scale * C[i, j] * D[k, l]. It is never formed: x is read as [tokens, c, d].
+    """
+
+    C: Tensor
+    D: Tensor
+    scale: float = 1.0
 
 
-def delta_weight(term: LowRank, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The dense [out, in] matrix that a LowRank term adds, in `dtype`.
+@dataclass(eq=False, slots=True)
+class Sparse:
+    """values[k] at row index[0, k] and column index[1, k] of the update, zero elsewhere.
+
+    values [nnz], fp32 on a 16-bit base.   index: int32 [2, nnz], in row-major order without repetition.
+    apply: how the base product gets it. "copy": a copy of W with the entries W + value, in one workspace, made anew in
+        forward and in backward. "window": W's own entries are changed while the product runs and put back bit for bit, which
+        nobody else may read meanwhile. "exact": a sparse product of its own beside the base's, so that no value is rounded to
+        W's dtype.
+    """
+
+    values: Tensor
+    index: Tensor
+    apply: str = "copy"
+
+
+@dataclass(eq=False, slots=True)
+class Dense:
+    """x delta^T, delta [out, in]: the materialised update, where no other term says it.
+
+    A delta of no storage (all strides zero) adds nothing and collects dW as its gradient.
+    """
+
+    delta: Tensor
+
+
+Term = LowRank | Gain | Bias | Kron | Sparse | Dense
+APPLY = ("copy", "window", "exact")
+
+
+def delta_weight(term: LowRank | Kron | Sparse | Dense, dtype: torch.dtype = torch.float32, *, shape: Any = None) -> Tensor:
+    """The dense [out, in] matrix that a term adds, in `dtype`. shape: (out, in), which a Sparse term does not know itself.
 
     Raises ValueError for a term with `mid` or `post`: what depends on the token is no matrix.
     """
     refuse_tokenwise([term], "delta_weight")
-    A, B = term.A.to(dtype), term.B.to(dtype)
+    match term:
+        case Kron():
+            return term.scale * torch.kron(term.C.to(dtype), term.D.to(dtype))
+        case Dense():
+            return term.delta.to(dtype)
+        case Sparse():
+            rows, cols = term.index.long()
+            return term.values.new_zeros(shape, dtype=dtype).index_put((rows, cols), term.values.to(dtype))
+    A, B = (t.to(dtype) for t in plain_factors(term))
     if term.blocks == 1:
         return term.scale * (B @ A)
     return torch.block_diag(*(term.scale * (b @ a) for a, b in zip(A, B, strict=True)))
+
+
+def plain_factors(term: LowRank) -> tuple[Tensor, Tensor]:
+    """A and B as tensors."""
+    A = term.A.rows() if isinstance(term.A, KhatriRao) else term.A
+    return A, term.B.columns() if isinstance(term.B, KhatriRao) else term.B
 
 
 def refuse_tokenwise(terms: Sequence[Term], who: str) -> None:
@@ -102,8 +175,8 @@ def effective_weight(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype =
     refuse_tokenwise(terms, "effective_weight")
     total = weight.to(dtype)
     for term in terms:
-        if isinstance(term, LowRank):
-            total = total + delta_weight(term, dtype)
+        if not isinstance(term, (Gain, Bias)):
+            total = total + delta_weight(term, dtype, shape=weight.shape)
     for term in terms:
         if isinstance(term, Gain):
             g = term.g.to(dtype)
@@ -137,9 +210,20 @@ def validate(terms: Sequence[Term], out_features: int, in_features: int) -> None
                 _need_probability("Gain.dropout", term.dropout)
             case Bias():
                 _need_vector("Bias.b", term.b, out_features)
+            case Kron():
+                _validate_kron(term, out_features, in_features)
+            case Sparse():
+                _validate_sparse(term, out_features, in_features)
+            case Dense():
+                if tuple(term.delta.shape) != (out_features, in_features):
+                    raise ValueError(
+                        f"adapted_linear: Dense.delta is {tuple(term.delta.shape)}; it must be [out, in] = "
+                        f"({out_features}, {in_features})."
+                    )
             case _:
                 raise TypeError(
-                    f"adapted_linear: {type(term).__name__} is no term; terms are LowRank, Gain and Bias (fastpeft.terms)."
+                    f"adapted_linear: {type(term).__name__} is no term; terms are LowRank, Gain, Bias, Kron, Sparse and "
+                    "Dense (fastpeft.terms)."
                 )
 
 
@@ -153,8 +237,39 @@ def _need_probability(name: str, p: float) -> None:
         raise ValueError(f"adapted_linear: {name} is {p}; it must be at least 0 and less than 1.")
 
 
+def _validate_kron(t: Kron, out_features: int, in_features: int) -> None:
+    fits = t.C.dim() == t.D.dim() == 2
+    if not fits or (t.C.shape[0] * t.D.shape[0], t.C.shape[1] * t.D.shape[1]) != (out_features, in_features):
+        raise ValueError(
+            f"adapted_linear: C is {tuple(t.C.shape)} and D is {tuple(t.D.shape)}; needed are C [a, c] and D [b, d] with "
+            f"a * b = out = {out_features} and c * d = in = {in_features}."
+        )
+
+
+def _validate_sparse(t: Sparse, out_features: int, in_features: int) -> None:
+    if t.apply not in APPLY:
+        raise ValueError(f"adapted_linear: Sparse.apply={t.apply!r}; it must be one of {', '.join(APPLY)}.")
+    if t.index.dtype is not torch.int32 or tuple(t.index.shape) != (2, t.values.numel()) or t.values.dim() != 1:
+        raise ValueError(
+            f"adapted_linear: Sparse.index is {t.index.dtype} {tuple(t.index.shape)} and values {tuple(t.values.shape)}; needed "
+            "are int32 [2, nnz] and [nnz]."
+        )
+    if t.values.numel() and not torch.compiler.is_compiling():
+        rows, cols = t.index.long()
+        flat = rows * in_features + cols
+        inside = cols.min() >= 0 and cols.max() < in_features and rows.min() >= 0 and rows.max() < out_features
+        if not inside or bool((flat[1:] <= flat[:-1]).any()):
+            raise ValueError(
+                f"adapted_linear: Sparse.index must lie inside [{out_features}, {in_features}], in row-major order and "
+                "without repetition; sort it, and add up the values of repeated entries."
+            )
+
+
 def _validate_low_rank(t: LowRank, out_features: int, in_features: int, has_gain: bool) -> None:
     _need_probability("LowRank.dropout", t.dropout)
+    if isinstance(t.A, KhatriRao) or isinstance(t.B, KhatriRao):
+        _validate_khatri_rao(t, out_features, in_features)
+        return
     if t.blocks == 1:
         rank_out = t.B.shape[-1] if t.mid is not None else t.A.shape[0]
         want_a, want_b = (t.A.shape[0], in_features), (out_features, rank_out)
@@ -182,3 +297,20 @@ def _validate_low_rank(t: LowRank, out_features: int, in_features: int, has_gain
         )
     if t.post is not None and has_gain:
         raise ValueError("adapted_linear: a LowRank term with `post` cannot stand under a Gain; drop one of the two.")
+
+
+def _validate_khatri_rao(t: LowRank, out_features: int, in_features: int) -> None:
+    if not (isinstance(t.A, KhatriRao) and isinstance(t.B, KhatriRao)):
+        raise ValueError("adapted_linear: one of A and B is a KhatriRao and the other a tensor; give both alike.")
+    if t.mid or t.post or t.rows is not None or t.dropout or t.blocks != 1:
+        raise ValueError(
+            "adapted_linear: a LowRank term of KhatriRao factors takes no mid, post, rows, dropout or blocks; give A.rows() "
+            "and B.columns() instead."
+        )
+    r = t.A.a.shape[0]
+    down, up = [tuple(f.shape) for f in t.A], [tuple(f.shape) for f in t.B]
+    if down != 2 * [(r, in_features)] or up != 2 * [(out_features, r)]:
+        raise ValueError(
+            f"adapted_linear: the factors of A are {down} and those of B {up}; needed are [r, in] and [out, r] with "
+            f"in={in_features}, out={out_features}."
+        )

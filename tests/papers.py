@@ -90,7 +90,34 @@ def hydralora(x, W, b, A, heads, G, s, mask=None):
     return y
 
 
+def lokr(x, W, b, f, s):
+    """arXiv 2309.14859, section 3: W + s w1 (x) w2, each half full or a product; f: the factors by name."""
+    w1, w2 = (f[n] if n in f else f[f"{n}_a"] @ f[f"{n}_b"] for n in ("w1", "w2"))
+    return linear(x, W + s * kron(w1, w2), b)
+
+
+def krona(x, W, b, A, B, s):
+    """arXiv 2212.10650, equation 5: Y = X W + s X (A (x) B) with W [in, out]; A [a1, a2], B [b1, b2], a1 b1 = in."""
+    return linear(x, W, b) + s * x @ kron(A, B)
+
+
+def kron(a, b):
+    return torch.einsum("ij,kl->ikjl", a, b).reshape(a.shape[0] * b.shape[0], a.shape[1] * b.shape[1])
+
+
 def loha(x, W, b, w1_a, w1_b, w2_a, w2_b, s):
     """arXiv 2108.06098, proposition 1: the elementwise product of two low-rank matrices, added to W; w?_a [out, r], w?_b [r, in]."""
     first, second = (torch.einsum("or,ri->oi", a, c) for a, c in ((w1_a, w1_b), (w2_a, w2_b)))
     return linear(x, W + s * first * second, b)
+
+
+def krona_b(x, ffn, A, B, s, bias=None, s_res=0.0):
+    """arXiv 2212.10650, KronA_B and KronA_B_res: ffn(x) + s (x (A o B) + bias) + s_res x; A [a1, a2], B [b1, b2]."""
+    added = torch.einsum("...i,ij->...j", x, torch.kron(A, B))
+    return ffn(x) + s * (added if bias is None else added + bias) + s_res * x
+
+
+def rosa(x, W, b, A, B, s, values, index, mask=None):
+    """arXiv 2401.04679: a low-rank and a sparse matrix added to W; the sparse one has no scale and sees no dropout."""
+    S = torch.zeros_like(W).index_put(tuple(index.long()), values)
+    return linear(x, W + S, b) + s * linear(linear(masked(x, mask), A), B)

@@ -1,7 +1,7 @@
 """LoHa: W + s (w1_a w1_b) o (w2_a w2_b), o elementwise, s = alpha / rank.   w?_a [out, rank] and w?_b [rank, in] train.
 
 One low-rank term of rank rank^2, by Khatri-Rao products: B [out, rank^2] holds each column of w1_a times each of w2_a,
-A [rank^2, in] each row of w1_b times each of w2_b. Kept for backward: x, rank^2 numbers per token, and A and B themselves.
+A [rank^2, in] each row of w1_b times each of w2_b. Kept for backward: x alone.
 
 flavor="peft": all start Kaiming uniform (a = sqrt(5)) but w2_b, which is zero. flavor="lycoris": w1_a normal(0, 0.1), w1_b
 and w2_b normal(0, 1), w2_a zero; alpha=None is alpha = rank (LyCORIS: None or 0); rslora=True: s = alpha / sqrt(rank). In
@@ -19,11 +19,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastpeft.method.lora import scaling
 from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
-from fastpeft.terms import LowRank, Term
+from fastpeft.terms import KhatriRao, LowRank, Term
 
 READS = {"r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout"}
 
@@ -32,14 +32,6 @@ def peft_loha(options: Mapping[str, Any]) -> dict[str, Any] | None:
     """PEFT LoHaConfig fields of LoHa's options; None for a scale that PEFT's LoHa does not have."""
     plain = not options["rslora"] and options["alpha"] is not None
     return {field: options[name] for field, name in READS.items()} | {"init_weights": True} if plain else None
-
-
-def columns(a: Tensor, b: Tensor) -> Tensor:
-    return (a[:, :, None] * b[:, None]).flatten(1)  # [n, r] -> [n, r * r]: column i * r + j is a[:, i] * b[:, j]
-
-
-def rows(a: Tensor, b: Tensor) -> Tensor:
-    return (a[:, None] * b).flatten(0, 1)  # [r, n] -> [r * r, n]: row i * r + j is a[i] * b[j]
 
 
 @method("loha", paper="arXiv 2108.06098")
@@ -69,9 +61,9 @@ class LoHa(Method):
         nn.init.zeros_(self.w2_b if flavor == "peft" else self.w2_a)
 
     def terms(self, base: Any) -> list[Term]:
-        B = columns(self.w1_a, self.w2_a)
+        up = self.w1_a
         if self.training and any(self.drop):
             # in PEFT's order, so that one seed drops the same rows there
-            on, kept = (torch.rand(n, 1, device=B.device).ge(p).to(B.dtype) for n, p in zip((1, len(B)), self.drop, strict=True))
-            B = B * on * (kept / kept.mean().clamp_min(1 / len(B)) if self.flavor == "peft" else kept)
-        return [LowRank(rows(self.w1_b, self.w2_b), B, self.scale)]
+            on, kept = (torch.rand(n, 1, device=up.device).ge(p).to(up.dtype) for n, p in zip((1, len(up)), self.drop, strict=True))
+            up = up * on * (kept / kept.mean().clamp_min(1 / len(up)) if self.flavor == "peft" else kept)
+        return [LowRank(KhatriRao(self.w1_b, self.w2_b), KhatriRao(up, self.w2_a), self.scale)]

@@ -1,9 +1,11 @@
 """The seam: how one adapted linear meets autograd, however many terms it has.
 
-    Whole(x, A_1, B_1, ...) -> y                     where no term has a middle: one Function
+    Whole(x, A_1, B_1, ..., parts) -> y              where no term has a middle: one Function
     One(x, A, B) -> y                                Whole for one term, in a straight line
-    Down(x, A_1..A_n)  -> carry, u_1..u_n (, p_i of the terms with router rows)
-    Up(x, carry, v_1..v_n, B_1..B_n) -> y            v_i = mid_i(u_i), ordinary PyTorch between the two
+    Down(x, A_1..A_n, parts)  -> carry, u_1..u_n (, p_i of the terms with router rows)
+    Up(x, carry, v_1..v_n, B_1..B_n, parts) -> y     v_i = mid_i(u_i), ordinary PyTorch between the two
+
+parts: the tensors of the terms that are differentiated whole (fastpeft.ops.parts). Up has them detached.
 
 `carry` is a tensor of y's shape and no storage. In backward, Up passes what the base product's gradient starts from as its
 cotangent, without a copy; autograd runs the middles; Down then holds everything for one fused dx = dz W + sum du A. So the
@@ -32,12 +34,16 @@ from torch import Tensor
 from fastpeft.ops import gain as gain_ops
 from fastpeft.ops import lowrank
 from fastpeft.ops.dropout import dropout, dropout_add_
+from fastpeft.ops.parts import Part, changed, split
 from fastpeft.ops.slabs import once
 
 # numbers of y from which reading it twice costs more than the vendor's product saves by adding the bias itself
 ONE_PASS = 1 << 15
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
+
+
+Shares = Sequence[tuple[Part, Sequence[Tensor]]]
 
 
 class Read(NamedTuple):
@@ -70,6 +76,7 @@ class Plan(NamedTuple):
     writes: tuple[Write, ...]
     keep_x: bool
     keep: tuple[bool, ...]
+    parts: tuple[Part, ...] = ()
 
 
 class OnePlan(NamedTuple):
@@ -162,7 +169,7 @@ class One(torch.autograd.Function):
 
 
 class Whole(torch.autograd.Function):
-    """y [*lead, out] from x [*lead, in] and terms without a middle; tensors: A_1, B_1, A_2, B_2, ..., None.
+    """y [*lead, out] from x [*lead, in] and terms without a middle; tensors: A_1, B_1, A_2, B_2, ..., the parts', None.
 
     `weight` is the base weight if it trains, else None.
     """
@@ -179,12 +186,12 @@ class Whole(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         x2 = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        down, dtype = plan.ops.down, plan.dtype
+        down, dtype, n = plan.ops.down, plan.dtype, 2 * len(plan.reads)
         us = [
             down(x2, A, dtype, seed=seed, p=read.p, blocks=read.blocks)
-            for A, read in zip(tensors[:-1:2], plan.reads, strict=True)
+            for A, read in zip(tensors[:n:2], plan.reads, strict=True)
         ]
-        y, z = write(plan, x2, bias, gain, seed, None, us, tensors[1::2])
+        y, z = write(plan, x2, bias, gain, seed, None, us, tensors[1:n:2], tensors[n:-1])
         kept = [u if k else None for u, k in zip(us, plan.keep, strict=False)]
         ctx.save_for_backward(
             x if plan.keep_x else None, z if plan.keep[-1] else None, gain, seed, *tensors[:-1], *kept
@@ -197,23 +204,26 @@ class Whole(torch.autograd.Function):
     @once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, z, gain, seed, *rest = ctx.saved_tensors
-        n = len(ctx.plan.writes)
-        As, Bs, us, need = rest[: 2 * n : 2], rest[1 : 2 * n : 2], rest[2 * n :], ctx.needs_input_grad
-        need_as = need[6:-1:2]
+        n, need = 2 * len(ctx.plan.writes), ctx.needs_input_grad
+        m = len(need) - 7  # A_1, B_1, ..., and the parts' tensors
+        As, Bs, parts, us = rest[:n:2], rest[1:n:2], rest[n:m], rest[m:]
+        need_as = need[6 : 6 + n : 2]
         need_us = [need[1] or a for a in need_as]
         bias_dtype = ctx.bias_dtype if need[3] else None
         dz, dus, dBs, dgain, dbias, _ = write_back(
-            ctx.plan, dy, z, gain, us, Bs, need_us, need[7::2], need[4], bias_dtype, False
+            ctx.plan, dy, z, gain, us, Bs, need_us, need[7 : 6 + n : 2], need[4], bias_dtype, False
         )
-        dx, dW, dAs = read_back(ctx, x, dz, gain, seed, dus, As, need[1], need[2], need_as)
+        dx, dW, dAs, dparts = read_back(
+            ctx, x, dz, gain, seed, dus, As, need[1], need[2], need_as, parts, need[6 + n : -1]
+        )
         out = [g for pair in zip(dAs, dBs, strict=True) for g in pair]
-        return (None, dx, dW, dbias, dgain, None, *out, None)
+        return (None, dx, dW, dbias, dgain, None, *out, *dparts, None)
 
 
 class Down(torch.autograd.Function):
     """x [..., in] -> carry [tokens, out], u_i [tokens, R_i], p_i [tokens, P_i].
 
-    tensors: A_1, rows_1 or None, A_2, ... , None. `weight` is the base weight if it trains, else None; `gain` is detached.
+    tensors: A_1, rows_1 or None, A_2, ... , the parts', None. `weight` is the base weight if it trains, else None; `gain` is detached.
     """
 
     @staticmethod
@@ -246,21 +256,23 @@ class Down(torch.autograd.Function):
         n, da = len(ctx.plan.reads), ctx.plan.ops.da
         given, need = iter(grads[n:]), ctx.needs_input_grad
         dps = [next(given) if read.rows else None for read in ctx.plan.reads]
-        As, rows = tensors[::2], tensors[1::2]
-        dx, dW, dAs = read_back(
-            ctx, x, dz, gain, seed, grads[:n], As, need[1], need[2], need[5:-1:2], (dps, rows)
-        )
+        m = 2 * n
+        As, rows, parts = tensors[:m:2], tensors[1:m:2], tensors[m:]
+        dx, dW, dAs, dparts = read_back(
+            ctx, x, dz, gain, seed, grads[:n], As, need[1], need[2], need[5 : 5 + m : 2],
+            parts, need[5 + m : -1], (dps, rows),
+        )  # fmt: skip
         out: list[Tensor | None] = []
-        for dA, dp, row, need_row in zip(dAs, dps, rows, need[6:-1:2], strict=True):
+        for dA, dp, row, need_row in zip(dAs, dps, rows, need[6 : 5 + m : 2], strict=True):
             wanted = need_row and dp is not None
             out += (dA, da(_flat(x), dp, row, seed=None, p=0.0, blocks=1) if wanted else None)
-        return (None, dx, dW, None, None, *out, None)
+        return (None, dx, dW, None, None, *out, *dparts, None)
 
 
 class Up(torch.autograd.Function):
     """y [*lead, out] from the detached x, the carry and v_i [tokens, R'_i].
 
-    tensors: v_1, B_1, v_2, ... , None. extra [tokens, out]: what terms with `post` add.
+    tensors: v_1, B_1, v_2, ... , the parts', None. extra [tokens, out]: what terms with `post` add.
     """
 
     @staticmethod
@@ -275,8 +287,9 @@ class Up(torch.autograd.Function):
         seed: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        vs, Bs = tensors[:-1:2], tensors[1::2]
-        y, z = write(plan, _flat(x), bias, gain, seed, extra, vs, Bs)
+        n = 2 * len(plan.writes)
+        vs, Bs = tensors[:n:2], tensors[1:n:2]
+        y, z = write(plan, _flat(x), bias, gain, seed, extra, vs, Bs, tensors[n:-1])
         kept = [v if k else None for v, k in zip(vs, plan.keep, strict=False)]
         ctx.save_for_backward(z if plan.keep[-1] else None, gain, *kept, *Bs)
         ctx.plan = plan
@@ -289,11 +302,12 @@ class Up(torch.autograd.Function):
         z, gain, *rest = ctx.saved_tensors
         n, need = len(ctx.plan.writes), ctx.needs_input_grad
         bias_dtype = ctx.bias_dtype if need[3] else None
+        m = 7 + 2 * n
         dz, dvs, dBs, dgain, dbias, dextra = write_back(
-            ctx.plan, dy, z, gain, rest[:n], rest[n:], need[7:-1:2], need[8::2], need[4], bias_dtype, need[5]
+            ctx.plan, dy, z, gain, rest[:n], rest[n:], need[7:m:2], need[8:m:2], need[4], bias_dtype, need[5]
         )
         out = [g for pair in zip(dvs, dBs, strict=True) for g in pair]
-        return (None, None, dz, dbias, dgain, dextra, None, *out, None)
+        return (None, None, dz, dbias, dgain, dextra, None, *out, *(None,) * (len(need) - m))
 
 
 def write(
@@ -305,6 +319,7 @@ def write(
     extra: Tensor | None,
     vs: Sequence[Tensor],
     Bs: Sequence[Tensor],
+    parts: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """y [tokens, out] and, with a gain, z: what the gain multiplies."""
     base = plan.base
@@ -312,8 +327,9 @@ def write(
         x2 = x2.to(plan.dtype)
     if bias is not None and bias.dtype is not plan.dtype:
         bias = bias.to(plan.dtype)
+    shares = split(plan.parts, parts)
     if gain is None:
-        y = _sum(plan, x2, bias, vs, Bs)
+        y = _sum(plan, x2, bias, vs, Bs, shares)
         return (y if extra is None else y.add_(extra)), None
     if plan.gain_p:
         y = base.forward(x2, bias)
@@ -321,30 +337,45 @@ def write(
         y.sub_(z)
         for write, v, B in zip(plan.writes, vs, Bs, strict=True):
             plan.ops.up_add(z, v, B, write.scale, write.blocks)
+        for part, tensors in shares:
+            if not part.ops.ON_BASE:
+                part.ops.add(z, x2, tensors, part.scale)
         gain_ops.add_scaled_rows_(y, z if extra is None else z.add_(extra), gain)
         return y, z
     if not plan.writes or extra is not None:
-        z = _sum(plan, x2, None, vs, Bs)
+        z = _sum(plan, x2, None, vs, Bs, shares)
         return gain_ops.scale_rows(z if extra is None else z.add_(extra), gain, bias), z
-    z = _sum(plan, x2, None, vs[:-1], Bs[:-1])
+    z = _sum(plan, x2, None, vs[:-1], Bs[:-1], shares)
     last = plan.writes[-1]
     return plan.ops.up_add_gain(z, vs[-1], Bs[-1], last.scale, last.blocks, gain, bias), z
 
 
-def _sum(plan: Plan, x2: Tensor, bias: Tensor | None, vs: Sequence[Tensor], Bs: Sequence[Tensor]) -> Tensor:
-    """bias + sum of s v B^T + x W^T, of as many terms as there are v: the adapter's share first, the base product onto it."""
-    if not vs:
-        return plan.base.forward(x2, bias)
+def _sum(
+    plan: Plan, x2: Tensor, bias: Tensor | None, vs: Sequence[Tensor], Bs: Sequence[Tensor], shares: Shares
+) -> Tensor:
+    """bias + sum of s v B^T + the parts + x W^T, of as many terms as there are v: the adapter's share first, the base product
+    onto it."""
+    own = [share for share in shares if not share[0].ops.ON_BASE]
+    if not vs and not own:
+        with changed(plan.base, shares) as base:
+            return base.forward(x2, bias)
     if x2.shape[0] * plan.base.out_features < ONE_PASS:
-        y = plan.base.forward(x2, bias)
-        for k, v in enumerate(vs):
-            plan.ops.up_add(y, v, Bs[k], *plan.writes[k])
-        return y
-    scale, blocks = plan.writes[0]
-    y = plan.ops.up(vs[0], Bs[0], scale, blocks, bias)
-    for k in range(1, len(vs)):
+        with changed(plan.base, shares) as base:
+            y = base.forward(x2, bias)
+        rest = 0
+    elif vs:
+        scale, blocks = plan.writes[0]
+        y, rest = plan.ops.up(vs[0], Bs[0], scale, blocks, bias), 1
+    else:
+        part, tensors = own.pop(0)
+        y, rest = part.ops.fresh(x2, tensors, part.scale, bias), -1
+    for k in range(max(rest, 0), len(vs)):
         plan.ops.up_add(y, vs[k], Bs[k], *plan.writes[k])
-    plan.base.forward_onto(y, x2)
+    for part, tensors in own:
+        part.ops.add(y, x2, tensors, part.scale)
+    if rest:
+        with changed(plan.base, shares) as base:
+            base.forward_onto(y, x2)
     return y
 
 
@@ -406,29 +437,60 @@ def read_back(
     need_x: bool,
     need_w: bool,
     need_as: Sequence[bool],
+    parts: Sequence[Tensor],
+    need_parts: Sequence[bool],
     probes: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] = ((), ()),
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    """dx in x's shape and dtype, dW of a base weight that trains, dA_i. probes: dp_i and the rows that p_i came through."""
+) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
+    """dx in x's shape and dtype, dW of a base weight that trains, dA_i, the gradients of the parts' tensors.
+
+    probes: dp_i and the rows that p_i came through.
+    """
     plan = ctx.plan
     dropped = None
+    dh = _scaled(plan, dz, gain) if plan.parts and dz is not None else None
     if gain is not None and plan.gain_p:
         dropped = None if dz is None else gain_ops.scale_rows(dz, gain - 1)  # [t, o] what meets drop(x) W^T
         gain = None
     elif not plan.ops.LATE:
         gain = None
-    dx = _dx(ctx, dz, gain, dropped, seed, dus, As, *probes) if need_x else None
     x2 = None if x is None else _flat(x)
+    shares = split(plan.parts, parts)
+    dx, dparts = _parts_back(plan, dh, x2, shares, need_x, need_parts)
+    if need_x:
+        dx = _dx(ctx, dx, dz, gain, dropped, seed, dus, As, shares, *probes)
     dW = _dw(plan, x2, dz, gain, dropped, seed) if need_w and dz is not None else None
     dAs = [
         plan.ops.da(x2, du, A, seed=seed, p=read.p, blocks=read.blocks) if need and du is not None else None
         for read, du, A, need in zip(plan.reads, dus, As, need_as, strict=True)
     ]
-    return dx, dW, dAs
+    return dx, dW, dAs, dparts
 
 
-def _dx(ctx: Any, dz, gain, dropped, seed, dus, As, dps, rows) -> Tensor:
-    """(g *) dz W + mask * (dropped W) + sum of mask * (du A) + dp rows: the adapter's share first, as in the forward."""
-    plan, dx = ctx.plan, None
+def _scaled(plan: Plan, dz: Tensor, gain: Tensor | None) -> Tensor:
+    """What reaches the terms: g * dy, where dz is not that already."""
+    return dz if gain is None or not (plan.gain_p or plan.ops.LATE) else gain_ops.scale_rows(dz, gain)
+
+
+def _parts_back(
+    plan: Plan, dh: Tensor | None, x2: Tensor | None, shares: Shares, need_x: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The parts' share of dx and their gradients, from what reaches the terms."""
+    dx: Tensor | None = None
+    if dh is None or not shares:
+        return None, [None] * len(needs)
+    if x2 is not None and x2.dtype is not plan.dtype:
+        x2 = x2.to(plan.dtype)
+    grads: list[Tensor | None] = []
+    for part, tensors in shares:
+        own = needs[len(grads) : len(grads) + part.count]
+        dx, found = part.ops.back(dh, x2, tensors, part.scale, dx, need_x, own)
+        grads += found
+    return dx, grads
+
+
+def _dx(ctx: Any, dx: Tensor | None, dz, gain, dropped, seed, dus, As, shares: Shares, dps, rows) -> Tensor:
+    """dx + (g *) dz W + mask * (dropped W) + sum of mask * (du A) + dp rows: the adapter's share first, as in the forward."""
+    plan = ctx.plan
     ops, base = plan.ops, plan.base
     for read, du, A in zip(plan.reads, dus, As, strict=True):
         if du is None:
@@ -444,10 +506,13 @@ def _dx(ctx: Any, dz, gain, dropped, seed, dus, As, dps, rows) -> Tensor:
             dx = ops.dx(dp, row, seed=None, p=0.0, blocks=1)
         else:
             ops.dx_add(dx, dp, row, seed=None, p=0.0, blocks=1)
-    if dx is None:
-        dx = base.grad_linear(dz, gain)
-    elif dz is not None:
-        base.grad_onto(dx, dz, gain)
+    if dz is not None:
+        with changed(base, shares) as now:
+            if dx is None:
+                dx = now.grad_linear(dz, gain)
+            else:
+                now.grad_onto(dx, dz, gain)
+    assert dx is not None
     if dropped is not None:
         dropout_add_(dx, base.grad_linear(dropped), seed, plan.gain_p)
     if len(ctx.x_shape) != 2:

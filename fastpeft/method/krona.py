@@ -1,0 +1,46 @@
+"""KronA: y += s x (A (x) B), the Kronecker product in the row-vector form of the paper: A [a1, a2], B [b1, b2], a1 * b1 = in,
+a2 * b2 = out; so the update of W is s A^T (x) B^T.   A starts Kaiming uniform (a = sqrt(5)), B at zero.
+
+The shape of A is free: shape=(a1, a2), each a divisor; None takes the divisor nearest the square root of either side. The
+paper leaves start, scale and shapes open; here the scale is 1. Kept for backward: x alone.
+
+Paper: arXiv 2212.10650.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastpeft.registry import Method, Site, check_finite, check_int, method
+from fastpeft.terms import Kron, Term
+
+
+def split(who: str, site: Site, shape: Sequence[int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The shapes of A and B at a layer. Raises ValueError where (a1, a2) does not divide (in, out)."""
+    sizes = (site.in_features, site.out_features)
+    a = [max(m for m in range(1, math.isqrt(n) + 1) if n % m == 0) for n in sizes] if shape is None else list(shape)
+    if len(a) != 2:
+        raise ValueError(f"{who}: shape={shape!r}; it must be (a1, a2), the shape of A.")
+    for name, m, n in zip(("a1", "a2"), a, sizes, strict=True):
+        if n % check_int(who, f"shape {name}", m, 1, n, site.name):
+            raise ValueError(f"{who}: shape={tuple(a)} at {site.name!r} ({sizes[0]} -> {sizes[1]}); {m} does not divide {n}.")
+    return (a[0], a[1]), (sizes[0] // a[0], sizes[1] // a[1])
+
+
+@method("krona", paper="arXiv 2212.10650")
+class KronA(Method):
+    ROLES: ClassVar = {"A": "left", "B": "right"}
+
+    def __init__(self, site: Site, *, shape: Sequence[int] | None = None, scale: float = 1.0):
+        super().__init__()
+        a, b = split("krona", site, shape)
+        self.scale = check_finite("krona", "scale", scale)
+        self.A, self.B = site.empty(*a), site.zeros(*b)
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+
+    def terms(self, base: Any) -> list[Term]:
+        return [Kron(self.A.t(), self.B.t(), self.scale)]

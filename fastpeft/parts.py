@@ -1,0 +1,69 @@
+"""Which family computes a term that is differentiated whole, and with which tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.ops import dense, khatri_rao, kron, sparse
+from fastpeft.ops.parts import Part
+from fastpeft.terms import Dense, Kron, LowRank, Sparse, Term
+
+
+def part_of(
+    term: Term, base: Any, dtype: torch.dtype, *, on_base: bool, triton: bool
+) -> tuple[Part, tuple[Tensor, ...]]:
+    """The part of a Kron, Sparse, Dense or LowRank term of KhatriRao factors, and its tensors.
+
+    dtype: y's.   on_base: whether the base weight may stand for the term.   triton: whether kernels run where there are some.
+    """
+    exact = base.dtype in (torch.float32, torch.float64) and dtype is base.dtype
+    match term:
+        case Kron():
+            return Part(_kron(triton), 2, term.scale), (term.C, term.D)
+        case Sparse():
+            return Part(_sparse(term, base, on_base, triton), 2, 1.0), (term.values, term.index)
+        case Dense():
+            return Part(_dense(term.delta, on_base and exact), 1, 1.0), (term.delta,)
+        case LowRank():
+            ops = _khatri_rao(term, base, on_base and exact, triton)
+            return Part(ops, 4, term.scale), (*term.A, *term.B)  # type: ignore[misc]
+    raise TypeError(f"{type(term).__name__} is no term that is differentiated whole")
+
+
+def _kron(triton: bool) -> Any:
+    if triton:
+        from fastpeft.ops import kron_triton
+
+        return kron_triton
+    return kron
+
+
+def _sparse(term: Sparse, base: Any, on_base: bool, triton: bool) -> Any:
+    code: Any = sparse
+    if triton:
+        from fastpeft.ops import sparse_triton as code
+    if term.apply == "exact" or not on_base:
+        return sparse.Exact(code, (base.out_features, base.in_features))
+    # traced code has no order in which others could read W: the copy, which has the same bits
+    kind = sparse.Window if term.apply == "window" and not torch.compiler.is_compiling() else sparse.Copy
+    return kind(code)
+
+
+def _dense(delta: Tensor, on_base: bool) -> Any:
+    if not any(delta.stride()) and delta.numel() > 1:
+        return dense.Collect
+    return dense.OnBase if on_base else dense.Own
+
+
+def _khatri_rao(term: LowRank, base: Any, on_base: bool, triton: bool) -> Any:
+    rank = term.A.a.shape[0]  # type: ignore[union-attr]
+    if khatri_rao.materialises(base.out_features, base.in_features, rank, on_base):
+        return khatri_rao.OnBase if on_base else khatri_rao.Own
+    if triton:
+        from fastpeft.ops import khatri_rao_triton
+
+        return khatri_rao_triton
+    return khatri_rao
