@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastpeft.checkpoint import beside_adapters, file_key, peft_config, write_folder
 from fastpeft.registry import get_recipe
 from fastpeft.swap import adaptation, refuse_ffns, static_terms
-from fastpeft.terms import Bias, Kron, LowRank, plain_factors
+from fastpeft.terms import Bias, Kron, LowRank, kron, plain_factors
 
 
 def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -76,7 +76,7 @@ def _kron_factors(term: Kron) -> tuple[Tensor, Tensor]:
     (C1, C2), (D1, D2) = (
         (_eye(m, len(m)), m) if m.shape[0] <= m.shape[1] else (m, _eye(m, m.shape[1])) for m in (term.C, term.D)
     )
-    return torch.kron(C2, D2), torch.kron(C1, D1) * term.scale
+    return kron(C2, D2), kron(C1, D1) * term.scale
 
 
 def _eye(like: Tensor, n: int) -> Tensor:

@@ -133,7 +133,7 @@ def delta_weight(term: LowRank | Kron | Sparse | Dense, dtype: torch.dtype = tor
     refuse_tokenwise([term], "delta_weight")
     match term:
         case Kron():
-            return term.scale * torch.kron(term.C.to(dtype), term.D.to(dtype))
+            return term.scale * kron(term.C.to(dtype), term.D.to(dtype))
         case Dense():
             return term.delta.to(dtype)
         case Sparse():
@@ -143,6 +143,11 @@ def delta_weight(term: LowRank | Kron | Sparse | Dense, dtype: torch.dtype = tor
     if term.blocks == 1:
         return term.scale * (B @ A)
     return torch.block_diag(*(term.scale * (b @ a) for a, b in zip(A, B, strict=True)))
+
+
+def kron(C: Tensor, D: Tensor) -> Tensor:
+    """The Kronecker product; C [a, c], D [b, d] -> [a*b, c*d]. (torch.kron 2.13 raises for some transposed matrices.)"""
+    return (C[:, None, :, None] * D[None, :, None, :]).reshape(C.shape[0] * D.shape[0], C.shape[1] * D.shape[1])
 
 
 def plain_factors(term: LowRank) -> tuple[Tensor, Tensor]:

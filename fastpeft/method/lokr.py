@@ -23,7 +23,7 @@ from torch import nn
 
 from fastpeft.method.lora import scaling
 from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_int, check_probability, method
-from fastpeft.terms import Dense, Kron, Term
+from fastpeft.terms import Dense, Kron, Term, kron
 
 READS = {"r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout", "decompose_both":
          "decompose_both", "decompose_factor": "factor", "rank_dropout_scale": "rank_dropout_scale"}  # fmt: skip
@@ -88,4 +88,4 @@ class LoKr(Method):
             return [Kron(w1, w2, self.scale)]
         kept = torch.rand(base.out_features, 1, device=w1.device).gt(p_rank).to(w1.dtype)
         kept = kept / kept.mean().clamp_min(1 / len(kept)) if self.rescale else kept
-        return [Dense(torch.kron(w1, w2) * (self.scale * kept))]
+        return [Dense(kron(w1, w2) * (self.scale * kept))]
