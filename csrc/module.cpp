@@ -7,8 +7,10 @@
 
 #include "dropout_cpu.h"
 #include "lowrank.h"
+#include "sparse/sparse.h"
 #ifdef FASTPEFT_CUDA
 #include "dropout_cuda.h"
+#include "sparse/sparse_cuda.h"
 #endif
 
 namespace py = pybind11;
@@ -77,22 +79,112 @@ void small_backward(uintptr_t x, uintptr_t w, uintptr_t a, uintptr_t b, uintptr_
                                           static_cast<float>(scale), has_gain});
 }
 
+fastpeft::Entries entries(uintptr_t index, int64_t nnz, int64_t rows, int64_t cols) {
+  return {reinterpret_cast<const int32_t*>(index), nnz, rows, cols};
+}
+
+// found while the index was read: before that, nothing was written
+void need_fit(bool fit, const char* who, int64_t rows, int64_t cols) {
+  if (fit) return;
+  throw std::invalid_argument(std::string(who) + ": index must hold rows and columns of a [" + std::to_string(rows) + ", " +
+                              std::to_string(cols) + "] matrix in row-major order, none twice; sort it and drop repetitions.");
+}
+
+void sparse_grad(uintptr_t dz, int64_t dz_stride, int dz_dtype, uintptr_t x, int64_t x_stride, int x_dtype, int64_t t,
+                 uintptr_t index, int64_t nnz, int64_t rows, int64_t cols, uintptr_t out, int threads) {
+  const bool fit = fastpeft::sparse_grad({matrix(dz, dz_stride, dz_dtype), matrix(x, x_stride, x_dtype), t,
+                                          entries(index, nnz, rows, cols), floats(out), threads});
+  need_fit(fit, "sparse_grad", rows, cols);
+}
+
+void sparse_add(uintptr_t y, int64_t y_stride, int y_dtype, uintptr_t x, int64_t x_stride, int x_dtype, int64_t t, uintptr_t index,
+                int64_t nnz, int64_t rows, int64_t cols, uintptr_t values, bool transposed, int threads) {
+  const bool fit = fastpeft::sparse_add({matrix(y, y_stride, y_dtype), matrix(x, x_stride, x_dtype), t,
+                                         entries(index, nnz, rows, cols), floats(values), transposed, threads});
+  need_fit(fit, "sparse_add", rows, cols);
+}
+
+void sparse_copy(uintptr_t w, int64_t w_stride, uintptr_t out, int64_t out_stride, int dtype, uintptr_t index, int64_t nnz,
+                 int64_t rows, int64_t cols, uintptr_t values, int threads) {
+  const bool fit = fastpeft::sparse_copy(matrix(w, w_stride, dtype), matrix(out, out_stride, dtype),
+                                         entries(index, nnz, rows, cols), floats(values), threads);
+  need_fit(fit, "sparse_copy", rows, cols);
+}
+
+void sparse_put(uintptr_t w, int64_t w_stride, int dtype, uintptr_t index, int64_t nnz, int64_t rows, int64_t cols,
+                uintptr_t values, uintptr_t saved, int threads) {
+  const bool fit = fastpeft::sparse_put(matrix(w, w_stride, dtype), entries(index, nnz, rows, cols), floats(values),
+                                        reinterpret_cast<void*>(saved), threads);
+  need_fit(fit, "sparse_put", rows, cols);
+}
+
+void sparse_restore(uintptr_t w, int64_t w_stride, int dtype, uintptr_t index, int64_t nnz, int64_t rows, int64_t cols,
+                    uintptr_t saved, int threads) {
+  const bool fit = fastpeft::sparse_restore(matrix(w, w_stride, dtype), entries(index, nnz, rows, cols),
+                                            reinterpret_cast<const void*>(saved), threads);
+  need_fit(fit, "sparse_restore", rows, cols);
+}
+
 #ifdef FASTPEFT_CUDA
+void need_success(int error, const char* who) {
+  if (error == -1) throw std::invalid_argument(std::string(who) + ": unknown dtype code");
+  if (error != 0) throw std::runtime_error(std::string(who) + ": CUDA error " + std::to_string(error));
+}
+
+template <typename T = void>
+T* at(uintptr_t data) {
+  return reinterpret_cast<T*>(data);
+}
+
+void sparse_columns_cuda(uintptr_t to, int64_t ld, uintptr_t x, int64_t stride, int dtype, int64_t tokens, int64_t cols,
+                         uintptr_t stream) {
+  need_success(fastpeft_sparse_columns_cuda(at(to), ld, at(x), stride, dtype, tokens, cols, at(stream)), "sparse_columns_cuda");
+}
+
+void sparse_grad_cuda(uintptr_t out, uintptr_t dz, uintptr_t x, int64_t ld, int dtype, uintptr_t index, int64_t nnz,
+                      uintptr_t stream) {
+  need_success(fastpeft_sparse_grad_cuda(floats(out), at(dz), at(x), ld, dtype, at<int32_t>(index), nnz, at(stream)),
+               "sparse_grad_cuda");
+}
+
+void sparse_gather_cuda(uintptr_t out, uintptr_t chunk, int64_t stride, int dtype, int64_t row0, uintptr_t index, int64_t nnz,
+                        int64_t begin, int64_t end, bool add, uintptr_t stream) {
+  need_success(fastpeft_sparse_gather_cuda(floats(out), at(chunk), stride, dtype, row0, at<int32_t>(index), nnz, begin, end, add,
+                                           at(stream)),
+               "sparse_gather_cuda");
+}
+
+void sparse_copy_cuda(uintptr_t out, int64_t out_stride, uintptr_t w, int64_t stride, int dtype, int64_t rows, int64_t cols,
+                      uintptr_t index, uintptr_t values, int64_t nnz, uintptr_t stream) {
+  need_success(fastpeft_sparse_copy_cuda(at(out), out_stride, at(w), stride, dtype, rows, cols, at<int32_t>(index), floats(values),
+                                         nnz, at(stream)),
+               "sparse_copy_cuda");
+}
+
+void sparse_put_cuda(uintptr_t w, int64_t stride, int dtype, uintptr_t index, uintptr_t values, uintptr_t saved, int64_t nnz,
+                     uintptr_t stream) {
+  need_success(fastpeft_sparse_put_cuda(at(w), stride, dtype, at<int32_t>(index), floats(values), at(saved), nnz, at(stream)),
+               "sparse_put_cuda");
+}
+
+void sparse_restore_cuda(uintptr_t w, int64_t stride, int dtype, uintptr_t index, uintptr_t saved, int64_t nnz, uintptr_t stream) {
+  need_success(fastpeft_sparse_restore_cuda(at(w), stride, dtype, at<int32_t>(index), at(saved), nnz, at(stream)),
+               "sparse_restore_cuda");
+}
+
 void dropout_cuda(uintptr_t out, int64_t out_stride0, int64_t out_stride1, uintptr_t x, int64_t x_stride0,
                   int64_t x_stride1, int dtype, bool add, uint64_t seed, int64_t row0, int64_t rows, int64_t cols,
                   uint32_t threshold, double factor, uintptr_t stream) {
   const fastpeft::DropoutCudaArgs args{out_stride0, out_stride1, x_stride0, x_stride1, seed,
                                        row0, rows, cols, threshold, factor, add};
-  const int error = fastpeft_dropout_cuda(reinterpret_cast<void*>(out), reinterpret_cast<const void*>(x), dtype, &args,
-                                          reinterpret_cast<void*>(stream));
-  if (error == -1) throw std::invalid_argument("dropout_cuda: unknown dtype code");
-  if (error != 0) throw std::runtime_error("dropout_cuda: CUDA error " + std::to_string(error));
+  need_success(fastpeft_dropout_cuda(at(out), at(x), dtype, &args, at(stream)), "dropout_cuda");
 }
 #endif
 
 py::dict build_info() {
   py::dict info;
   info["lowrank"] = fastpeft::lowrank_isa();
+  info["sparse"] = fastpeft::sparse_isa();
   info["bf16_products"] = fastpeft::bf16_products();
   info["compiler"] = FASTPEFT_COMPILER;
   info["cpu_sources"] = FASTPEFT_CPU_SOURCES;
@@ -108,6 +200,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("dropout", &dropout, py::call_guard<py::gil_scoped_release>());
 #ifdef FASTPEFT_CUDA
   m.def("dropout_cuda", &dropout_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_columns_cuda", &sparse_columns_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_grad_cuda", &sparse_grad_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_gather_cuda", &sparse_gather_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_copy_cuda", &sparse_copy_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_put_cuda", &sparse_put_cuda, py::call_guard<py::gil_scoped_release>());
+  m.def("sparse_restore_cuda", &sparse_restore_cuda, py::call_guard<py::gil_scoped_release>());
 #endif
   if (fastpeft::lowrank_cpu().read != nullptr) {
     m.def("lowrank_read", &lowrank_read, py::call_guard<py::gil_scoped_release>());
@@ -116,6 +214,14 @@ PYBIND11_MODULE(_C, m) {
     m.def("small_backward", &small_backward);
     m.def("lowrank_use", [](const std::string& isa) { return fastpeft::lowrank_use(isa.c_str()); });
     m.def("lowrank_norm", &lowrank_norm, py::call_guard<py::gil_scoped_release>());
+  }
+  if (fastpeft::sparse_cpu().grad != nullptr) {
+    m.def("sparse_grad", &sparse_grad, py::call_guard<py::gil_scoped_release>());
+    m.def("sparse_add", &sparse_add, py::call_guard<py::gil_scoped_release>());
+    m.def("sparse_copy", &sparse_copy, py::call_guard<py::gil_scoped_release>());
+    m.def("sparse_put", &sparse_put, py::call_guard<py::gil_scoped_release>());
+    m.def("sparse_restore", &sparse_restore, py::call_guard<py::gil_scoped_release>());
+    m.def("sparse_use", [](const std::string& isa) { return fastpeft::sparse_use(isa.c_str()); });
   }
   m.def("build_info", &build_info);
 }

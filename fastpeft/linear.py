@@ -55,8 +55,9 @@ def run_terms(
     impl: str | None = None,
 ) -> Tensor:
     """adapted_linear without the checks of terms and x, for callers whose terms were checked when they were built."""
+    wholes: list[Term] = []
     if len(terms) == 1 and type(terms[0]) is LowRank and type(terms[0].A) is not KhatriRao:
-        lows, gain, wholes = [terms[0]], None, list[Term]()
+        lows, gain = [terms[0]], None
     else:
         lows, gain, bias, wholes = _sorted(terms, bias)
     run = _run_for(base, lows, gain, wholes)

@@ -128,7 +128,8 @@ class _Product(torch.autograd.Function):
         need_factors = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ctx.save_for_backward(x if need_factors else None, C, D)
         ctx.scale, ctx.lead = scale, x.shape[:-1]
-        return fresh(x.reshape(-1, x.shape[-1]), (C, D), scale, None).view(*ctx.lead, -1)
+        y = fresh(x.reshape(-1, x.shape[-1]), (C, D), scale, None)
+        return y.view(*ctx.lead, y.shape[1])
 
     @staticmethod
     @once
@@ -137,4 +138,4 @@ class _Product(torch.autograd.Function):
         need_x, *needs = ctx.needs_input_grad[:3]
         x2 = None if x is None else x.reshape(-1, x.shape[-1])
         dx, (dC, dD) = back(dy.reshape(-1, dy.shape[-1]), x2, (C, D), ctx.scale, None, need_x, needs)
-        return None if dx is None else dx.view(*ctx.lead, -1), dC, dD, None
+        return None if dx is None else dx.view(*ctx.lead, dx.shape[1]), dC, dD, None

@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops import dense as whole
+from fastpeft.ops import sparse_cpu as cpu
 
+# up to this share of entries the sampled product in C++ costs less than the dense one (measured, docs/KERNELS.md)
+SAMPLED = 0.1
 # at a lower share of entries than 1 in this many, gathering columns costs less than the dense product (measured on the CPU)
 GATHERED = 2000
 # numbers that a chunk of entries or of the dense gradient may hold: 16 MiB in fp32
@@ -65,14 +68,29 @@ class Exact:
     def _delta(self, tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor]:
         return (dense(tensors[0].detach(), tensors[1], self.shape, dtype),)
 
+    def _sampled(self, x: Tensor, tensors: Sequence[Tensor]) -> bool:
+        """Whether the C++ product takes it: on the CPU, fp32 values, few of them."""
+        few = tensors[1].shape[1] < SAMPLED * self.shape[0] * self.shape[1]
+        return few and compiled(x, tensors[0])
+
     def fresh(self, x: Tensor, tensors: Sequence[Tensor], scale: float, bias: Tensor | None) -> Tensor:
+        if self._sampled(x, tensors):
+            y = x.new_zeros(x.shape[0], self.shape[0]) if bias is None else bias.repeat(x.shape[0], 1)
+            cpu.add(y, x, _scaled(tensors[0], scale), tensors[1])
+            return y
         return whole.Own.fresh(x, self._delta(tensors, x.dtype), scale, bias)
 
     def add(self, y: Tensor, x: Tensor, tensors: Sequence[Tensor], scale: float) -> None:
+        if self._sampled(x, tensors) and y.stride(1) == 1:
+            cpu.add(y, x, _scaled(tensors[0], scale), tensors[1])
+            return
         whole.Own.add(y, x, self._delta(tensors, x.dtype), scale)
 
     def back(self, dz, x, tensors, scale, dx, need_x, needs):
-        if need_x:
+        if need_x and self._sampled(dz, tensors):
+            dx = dz.new_zeros(dz.shape[0], self.shape[1]) if dx is None else dx
+            cpu.add_t(dx, dz, _scaled(tensors[0], scale), tensors[1])
+        elif need_x:
             dx, _ = whole.Own.back(dz, None, self._delta(tensors, dz.dtype), scale, dx, True, (False,))
         return dx, (_grad(self.code, dz, x, tensors, scale, needs), None)
 
@@ -99,6 +117,9 @@ def dense(values: Tensor, index: Tensor, shape: tuple[int, int], dtype: torch.dt
 
 def copy(W: Tensor, values: Tensor, index: Tensor, out: Tensor) -> None:
     """out = W with W + value at the entries, added in the wider of the two dtypes and rounded once; out may be W."""
+    if compiled(W, values):
+        cpu.copy(W, values, index, out)
+        return
     if out.data_ptr() != W.data_ptr():
         out.copy_(W)
     scatter(out, values, index)
@@ -112,6 +133,8 @@ def scatter(W: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 def put(W: Tensor, values: Tensor, index: Tensor) -> Tensor:
     """scatter; returns the old entries, [nnz] in W's dtype, for restore."""
+    if compiled(W, values):
+        return cpu.put(W, values, index)
     saved = W[tuple(index.long())]
     scatter(W, values, index)
     return saved
@@ -119,13 +142,23 @@ def put(W: Tensor, values: Tensor, index: Tensor) -> Tensor:
 
 def restore(W: Tensor, index: Tensor, saved: Tensor) -> None:
     """The entries as put found them, bit for bit."""
+    if cpu.runs(W):
+        cpu.restore(W, index, saved)
+        return
     W.index_put_(tuple(index.long()), saved)
+
+
+def compiled(W: Tensor, values: Tensor) -> bool:
+    """Whether the C++ code takes a matrix W and values."""
+    return values.dtype is torch.float32 and cpu.runs(W)
 
 
 def grad(dz: Tensor, x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
     """dvalues [nnz] in `dtype`: the sum over t of dz[t, row] * x[t, col]; dz [t, out] and x [t, in] of one dtype."""
     if torch.compiler.is_compiling():
         return torch.mm(dz.t().to(dtype), x.to(dtype))[tuple(index.long())]
+    if dtype is torch.float32 and cpu.runs(dz) and cpu.runs(x) and index.shape[1] < SAMPLED * dz.shape[1] * x.shape[1]:
+        return cpu.grad(dz, x, index)
     if index.shape[1] * GATHERED < dz.shape[1] * x.shape[1]:
         return grad_by_entry(dz, x, index, dtype)
     return grad_by_chunk(dz, x, index, dtype)
