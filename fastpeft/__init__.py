@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from fastpeft.adapter import AdaptedLinear
 from fastpeft.checkpoint import CheckpointError, load_adapter, save_adapter
 from fastpeft.export import export_lora
@@ -32,5 +35,12 @@ __all__ = [
     "merge",
     "methods",
     "save_adapter",
+    "train",
     "unload",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":  # imported when asked for
+        return importlib.import_module("fastpeft.train")
+    raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

@@ -16,7 +16,7 @@ from fastpeft.terms import Term
 
 
 class Adapter(nn.Module):
-    """The methods of one layer, by recipe name: their parameters are `<path>.adapter.<recipe>.<parameter>`."""
+    """The methods of one site, by recipe name: their parameters are `<path>.adapter.<recipe>.<parameter>`."""
 
     def __init__(self, methods: Mapping[str, Method]):
         super().__init__()
@@ -94,13 +94,23 @@ def recipes(method: str | list[str], options: Mapping[str, Any]) -> list[Recipe]
 
 
 def build_adapter(name: str, base: Any, found: list[Recipe], options: Mapping[str, Any]) -> Adapter:
-    """The adapter of one site. Parameters are fp32 on a 16-bit base (optimiser steps vanish in bf16), else the base's dtype."""
-    dtype = torch.promote_types(base.dtype, torch.float32)
-    site = Site(name, base, dtype)
-    built = {r.name: r.build(site, {k: v for k, v in options.items() if k in r.options}) for r in found}
+    """The adapter of one linear layer; ValueError for two methods with a gain, or one that does not sit on a linear."""
+    for r in found:
+        if r.site != "linear":
+            raise ValueError(
+                f"adapt: {r.name} sits beside a whole {r.site} and not on a linear layer ({name!r}); call fastpeft.adapt on a "
+                f"model that holds the {r.site}."
+            )
+    built = build_methods(name, base, found, options)
     if sum("gain" in m.ROLES.values() for m in built.values()) > 1:
         raise ValueError(f"adapt: {list(built)} both scale the output; two gains at one layer do not compose. Choose one.")
     return Adapter(built)
+
+
+def build_methods(name: str, base: Any, found: list[Recipe], options: Mapping[str, Any]) -> dict[str, Method]:
+    """The methods of one site. Parameters are fp32 on a 16-bit base (optimiser steps vanish in bf16), else the base's dtype."""
+    site = Site(name, base, torch.promote_types(base.dtype, torch.float32))
+    return {r.name: r.build(site, {k: v for k, v in options.items() if k in r.options}) for r in found}
 
 
 _CLASSES: dict[type, type] = {nn.Linear: AdaptedLinear}

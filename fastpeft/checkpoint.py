@@ -11,7 +11,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.adapter import is_conv1d
-from fastpeft.registry import PeftFormat, get_recipe
+from fastpeft.registry import Method, PeftFormat, get_recipe
 from fastpeft.report import Report
 from fastpeft.swap import Adaptation, adapt, adaptation, unload
 from fastpeft.targets import checked_targets, matches, output_head
@@ -52,11 +52,16 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA, LoHa) into `model`; returns the Report.
 
+    A .safetensors file in a folder's place is read as LyCORIS' (fastpeft.integrations.lycoris.load_lycoris).
     A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes.
     16-bit factors are widened to the adapter's fp32 without loss.
     Raises FileNotFoundError for a missing file, CheckpointError for anything that is wrong with it (truncated, missing,
     unexpected, misshapen, not finite, other dtype, other method, pickle); the model is then as it was before.
     """
+    if Path(folder).suffix == ".safetensors" and not Path(folder).is_dir():
+        from fastpeft.integrations.lycoris import load_lycoris
+
+        return load_lycoris(model, folder)
     config, tensors, meta = _read(Path(folder))
     methods, settings, options = _plan(model, config, meta, folder)
     fresh = model.__dict__.get("_fastpeft_adaptation") is None
@@ -74,6 +79,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         live = _state(model, record)
         tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
         _check(live, tensors, folder, beside_adapters(model, record))
+        _check_states(model, record, tensors, folder)
     except ValueError:
         if fresh:
             unload(model)
@@ -81,6 +87,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     with torch.no_grad():
         for key, tensor in live.items():
             tensor.copy_(tensors[key])
+    for method, _ in _methods_at(model, record):
+        method.restored()
     return report.count(model)
 
 
@@ -91,12 +99,19 @@ def file_key(path: str, leaf: str) -> str:
 def _state(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
     """File key -> live tensor of everything that the checkpoint holds."""
     state: dict[str, Tensor] = {}
+    for method, keys in _methods_at(model, record):
+        tensors = method.state_dict(keep_vars=True)
+        state |= {key: tensors[leaf] for leaf, key in keys.items()}
+    return state | beside_adapters(model, record)
+
+
+def _methods_at(model: nn.Module, record: Adaptation) -> Iterator[tuple[Method, dict[str, str]]]:
+    """Each method at each site, and the file key of each name in its state dict."""
     form = _peft_format(model, record)
     for site in record.sites:
         for name, method in model.get_submodule(site).adapter.named_children():
-            for leaf, tensor in method.state_dict(keep_vars=True).items():
-                state[file_key(site, form.keys[leaf] if form else f"adapter.{name}.{leaf}")] = tensor
-    return state | beside_adapters(model, record)
+            leaves = method.state_dict(keep_vars=True)
+            yield method, {leaf: file_key(site, form.keys[leaf] if form else f"adapter.{name}.{leaf}") for leaf in leaves}
 
 
 def beside_adapters(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
@@ -326,7 +341,8 @@ def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], o
     defaults: dict[str, Any] = {}
     for name in record.methods:
         defaults |= get_recipe(name).options
-    mine, theirs = defaults | record.options, defaults | dict(options)
+    # as JSON holds them: a pair is a list there
+    mine, theirs = (json.loads(json.dumps(defaults | dict(own))) for own in (record.options, options))
     wrong = {k: (theirs[k], mine[k]) for k in mine if not k.endswith("dropout") and mine[k] != theirs.get(k)}
     for key in ("rank_pattern", "alpha_pattern"):
         if (settings.get(key) or {}) != getattr(record, key):
@@ -356,7 +372,7 @@ def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: An
     shapes = [f"{k} is {tuple(tensors[k].shape)}, needed {tuple(live[k].shape)}" for k in both if tensors[k].shape != live[k].shape]
     dtypes = [f"{k} is {tensors[k].dtype}, needed {live[k].dtype}" for k in both if not _fits(tensors[k], live[k])]
     broken = [k for k in both if tensors[k].dtype.is_floating_point and not bool(tensors[k].isfinite().all())]
-    kinds = {tensors[k].dtype for k in both if k not in beside}
+    kinds = {tensors[k].dtype for k in both if k not in beside and tensors[k].dtype.is_floating_point}
     if len(kinds) > 1:
         dtypes.append(f"the adapter's tensors have several dtypes: {sorted(map(str, kinds))}")
     for what, found in (("wrong shape", shapes), ("wrong dtype", dtypes), ("NaN or Inf", broken)):
@@ -364,6 +380,14 @@ def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: An
             problems.append(f"{what}: {_some(found)}")
     if problems:
         raise CheckpointError(f"load_adapter: {folder} does not belong to this model: {'; '.join(problems)}.")
+
+
+def _check_states(model: nn.Module, record: Adaptation, tensors: Mapping[str, Tensor], folder: Any) -> None:
+    for method, keys in _methods_at(model, record):
+        try:
+            method.check_state({leaf: tensors[key] for leaf, key in keys.items()})
+        except ValueError as e:
+            raise CheckpointError(f"load_adapter: {folder}: {', '.join(keys.values())}: {e}") from e
 
 
 def _fits(came: Tensor, needed: Tensor) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from fastpeft.base import Plain
-from fastpeft.terms import Gain, Term, is_linear
+from fastpeft.terms import Bias, Kron, LowRank, Term, is_linear
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,15 @@ class Method(nn.Module):
 
     ROLES says what each parameter is ("down", "up", "gain", "bias", "gate", ...); optimiser groups, weight-decay rules and
     reports read it. PEFT is None where PEFT has no such method.
+    SITE says what it sits on: "linear", or "ffn": beside a whole feed-forward block, whose output becomes
+    FFN(x) + sum of terms(x) + residual() * x. Only Kron and Bias terms are known there.
+    PROCEDURE names the class in fastpeft.train without which the method does not train as its paper says.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {}
     PEFT: ClassVar[PeftFormat | None] = None
+    SITE: ClassVar[str] = "linear"
+    PROCEDURE: ClassVar[str] = ""
 
     def terms(self, base: Any) -> list[Term]:
         """The terms of one forward; composed from parameters with ordinary PyTorch, so no gradient is written here."""
@@ -90,8 +95,26 @@ class Method(nn.Module):
         """The same sum as merge and export want it: at its true ranks, where terms() masks some to keep its shapes fixed."""
         return self.terms(base)
 
+    def every_term(self, base: Any) -> list[Term]:
+        """The terms with all parts of the method in use, where terms() leaves out some until they exist."""
+        return self.terms(base)
+
+    def residual(self) -> torch.Tensor | None:
+        """On an ffn site: the factor [1] with which x itself is added; None adds none."""
+        return None
+
     def refill(self) -> None:
         """Write the buffers that are not saved (masks, indices) in place."""
+
+    def check_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError where a saved state of this method is wrong in what shapes and dtypes do not show."""
+
+    def restored(self) -> None:
+        """Saved tensors were written into this method's own."""
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.restored()
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Method:
         super()._apply(fn, recurse)
@@ -105,6 +128,10 @@ class Recipe:
     cls: type[Method]
     paper: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def site(self) -> str:
+        return self.cls.SITE
 
     @property
     def options(self) -> dict[str, Any]:
@@ -189,18 +216,19 @@ class MethodInfo:
     options: Mapping[str, Any]
     mergeable: bool
     exportable: bool
+    site: str = "linear"
 
 
 class MethodTable(tuple[MethodInfo, ...]):
     """What fastpeft.methods() returns: a tuple of MethodInfo that prints as a table."""
 
     def __str__(self) -> str:
-        rows = [("method", "paper", "terms", "merge", "to LoRA", "options")]
+        rows = [("method", "paper", "site", "terms", "merge", "to LoRA", "options")]
         for m in self:
             options = ", ".join(f"{k}={v!r}" for k, v in m.options.items())
-            rows.append((m.name, m.paper, " ".join(m.terms), _yes(m.mergeable), _yes(m.exportable), options))
-        widths = [max(len(row[k]) for row in rows) for k in range(5)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[5]]) for r in rows)
+            rows.append((m.name, m.paper, m.site, " ".join(m.terms), _yes(m.mergeable), _yes(m.exportable), options))
+        widths = [max(len(row[k]) for row in rows) for k in range(6)]
+        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[6]]) for r in rows)
 
 
 def _yes(flag: bool) -> str:
@@ -210,21 +238,21 @@ def _yes(flag: bool) -> str:
 def methods() -> MethodTable:
     """Every recipe: name, paper, terms, options with defaults, whether it merges into W, whether it exports to plain LoRA.
 
-    The last three are read off the terms of the method built on a 16 x 16 layer, not declared.
+    The last three are read off the terms of the method built on a 32 x 32 layer, not declared.
     """
     discover()
     return MethodTable(_describe(_RECIPES[name]) for name in sorted(_RECIPES))
 
 
 def _describe(r: Recipe) -> MethodInfo:
-    base = Plain(torch.eye(16))
+    base = Plain(torch.eye(32))
     with torch.random.fork_rng(devices=[]):
-        terms = r.build(Site("example", base, torch.float32), {}).terms(base)
+        terms = r.build(Site("example", base, torch.float32), {}).every_term(base)
     kinds = tuple(dict.fromkeys(type(t).__name__ for t in terms))
     doc = (inspect.getdoc(inspect.getmodule(r.cls)) or inspect.getdoc(r.cls) or "").splitlines()
-    linear = is_linear(terms)
-    exportable = linear and not any(isinstance(t, Gain) for t in terms)
-    return MethodInfo(r.name, r.paper, doc[0] if doc else "", kinds, r.options, linear, exportable)
+    linear = is_linear(terms) and r.site == "linear"
+    exportable = linear and all(isinstance(t, (LowRank, Kron, Bias)) for t in terms)
+    return MethodInfo(r.name, r.paper, doc[0] if doc else "", kinds, r.options, linear, exportable, r.site)
 
 
 def check_options(names: list[str], options: Mapping[str, Any]) -> None:

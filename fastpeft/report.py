@@ -9,7 +9,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Route:
-    """One layer: the methods that now run there, or the reason why none does."""
+    """One layer or FFN: the methods that now run there, or the reason why none does."""
 
     methods: tuple[str, ...]
     shape: str
@@ -19,7 +19,7 @@ class Route:
 
 @dataclass
 class Report:
-    """layers: name -> Route of every layer that was adapted, or that looks like a target but was left alone.
+    """layers: name -> Route of every layer or FFN that was adapted, or that looks like a target but was left alone.
 
     trainable, total: parameter counts of the model, adapters included.   saved_modules: modules_to_save that were found.
     procedures: names of procedures to attach with fastpeft.train.attach (empty for methods that need none).

@@ -15,15 +15,30 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from fastpeft.adapter import Adapter, adapted_class, build_adapter, is_adapted, is_conv1d, recipes, weight_of
+from fastpeft.adapter import (
+    Adapter,
+    adapted_class,
+    build_adapter,
+    build_methods,
+    is_adapted,
+    is_conv1d,
+    recipes,
+    weight_of,
+)
 from fastpeft.base import Plain
+from fastpeft.beside import FFNAdapter, attach, detach
+from fastpeft.ffn import FFN, find_ffns
+from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
 from fastpeft.targets import (
     Targets,
     by_pattern,
     checked_targets,
     fast_path_owners,
+    is_all,
+    is_linear_layer,
     matches,
     output_head,
     refusal,
@@ -40,8 +55,9 @@ _BIAS = ("none", "all", "lora_only")
 class Adaptation:
     """What adapt did to a model: kept on the adapted root for checkpoint, adapters_off and unload.
 
-    sites: names of adapted layers.   options: as given to adapt.   originals: name -> untouched copy of a module of
+    sites: names of adapted layers and FFNs.   options: as given to adapt.   originals: name -> untouched copy of a module of
     modules_to_save.   biases: parameter name -> untouched copy of a bias that trains.   flags: requires_grad before.
+    classes: of adapted layers.   ffns, hooks: of FFNs with an adapter beside them.
     """
 
     methods: list[str]
@@ -55,6 +71,8 @@ class Adaptation:
     biases: dict[str, Tensor] = field(default_factory=dict)
     flags: dict[str, bool] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+    ffns: dict[str, FFN] = field(default_factory=dict)
+    hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
     input_grads: bool = False
 
 
@@ -80,11 +98,12 @@ def adapt(
     bias: str | None = None,
     **options: Any,
 ) -> Report:
-    """Give the model's linear layers adapters, in place; freeze everything else.
+    """Give the model's linear layers or FFNs adapters, in place; freeze everything else.
 
     method: a recipe name, a list of names (their terms add up at each layer), or a peft config object (LoraConfig, LoHaConfig).
     target_modules: list of names or dotted suffixes, a regex for the whole name, or "all-linear" (the default): every
-        nn.Linear and Transformers Conv1D but the output head.   exclude_modules: list or regex, checked first.
+        nn.Linear and Transformers Conv1D but the output head. A method that sits beside an FFN takes it as a filter of the
+        model's FFNs.   exclude_modules: list or regex, checked first.
     modules_to_save: suffixes of further modules that train and are saved whole, such as a new classification head.
     rank_pattern, alpha_pattern: name or regex -> rank or alpha of the layers it ends; first hit wins.
     bias: "none" (default), "all" (every bias of the model trains) or "lora_only" (those of adapted layers).
@@ -129,11 +148,20 @@ def _adapt(
         raise ValueError(f"adapt: bias={bias!r}; it must be one of {', '.join(_BIAS)}.")
     _refuse_second(model)
     found = recipes(method, options)
+    on_linear, on_ffn = ([r for r in found if r.site == site] for site in ("linear", "ffn"))
     record = Adaptation([r.name for r in found], options, dict(rank_pattern or {}), dict(alpha_pattern or {}), bias)
     saved = _saved_modules(model, modules_to_save)
-    report = Report(saved_modules=list(saved))
+    report = Report(saved_modules=list(saved), procedures=[r.cls.PROCEDURE for r in found if r.cls.PROCEDURE])
     targets = "all-linear" if target_modules is None else target_modules
-    modules = _sites(model, targets, exclude_modules, saved, report)
+    ffns, ffn_adapters = _ffn_adapters(model, targets, exclude_modules, saved, on_ffn, options, report)
+    modules = _sites(model, targets, exclude_modules, saved, report, ffns) if on_linear else {}
+    if not on_linear and bias == "lora_only":
+        raise ValueError(f"adapt: bias='lora_only' means adapted linear layers, and {', '.join(record.methods)} has none.")
+    for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
+        if pattern and not any(key in r.options for r in found):
+            raise ValueError(f"adapt: {key}_pattern was given, but {', '.join(record.methods)} has no option {key!r}.")
+    layers = [n for n, m in model.named_modules() if is_linear_layer(m)] if on_linear else []
+    _notes(model, targets, saved, report, [*layers, *ffns])
 
     adapters: dict[str, Adapter] = {}
     for name, module in modules.items():
@@ -142,16 +170,53 @@ def _adapt(
             for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern))
             if by_pattern(name, pattern, None) is not None
         }
-        adapters[name] = build_adapter(name, Plain(weight_of(module).detach()), found, own)
+        adapters[name] = build_adapter(name, Plain(weight_of(module).detach()), on_linear, own)
     for other, partner in shared_weights(model, adapters).items():
         report.notes.append(f"{other} shares its weight with {partner}: the adapter acts on {other} only, and merge refuses.")
 
-    _attach(model, record, adapters, saved)
-    for name, adapter in adapters.items():
-        shape = f"{modules[name].weight.dtype} {tuple(modules[name].weight.shape)}".removeprefix("torch.")
+    _attach(model, record, adapters, ffns, ffn_adapters, saved)
+    for name, adapter in (adapters | ffn_adapters).items():
+        width = ffns[name].width if name in ffns else None
+        shape = (
+            f"{width.dtype} ffn {width.features} -> {width.features}"
+            if width
+            else f"{modules[name].weight.dtype} {tuple(modules[name].weight.shape)}"
+        )
         trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        report.layers[name] = Route(tuple(record.methods), shape, trainable)
+        report.layers[name] = Route(tuple(adapter._modules), shape.removeprefix("torch."), trainable)
     return report.count(model)
+
+
+def _ffn_adapters(
+    model: nn.Module,
+    target_modules: Targets,
+    exclude_modules: Targets | None,
+    saved: Mapping[str, nn.Module],
+    found: list[Recipe],
+    options: Mapping[str, Any],
+    report: Report,
+) -> tuple[dict[str, FFN], dict[str, FFNAdapter]]:
+    """The FFNs to adapt and an adapter for each, if some recipe sits beside an FFN; what is left alone goes into the report."""
+    if not found:
+        return {}, {}
+    who = f"adapt: {', '.join(r.name for r in found)}"
+    ffns, alone = find_ffns(model, target_modules, exclude_modules, saved, who)
+    for name, reason in alone.items():
+        report.layers[name] = Route((), "experts", 0, reason)
+    return ffns, {n: FFNAdapter(build_methods(n, f.width, found, options), f) for n, f in ffns.items()}
+
+
+def _notes(
+    model: nn.Module, targets: Targets, saved: Mapping[str, nn.Module], report: Report, sites: list[str]
+) -> None:
+    """Notes on targets that match none of `sites`, and on the output head."""
+    if isinstance(targets, (list, tuple, set)):
+        unused = [t for t in targets if not any(matches(n, [t]) for n in sites)]
+        if unused:
+            report.notes.append(f"target_modules entries that match no layer: {', '.join(unused)}.")
+    head = output_head(model)
+    if is_all(targets) and head and head not in saved:
+        report.notes.append(f"the output head {head!r} is frozen; name it in modules_to_save to train it.")
 
 
 def _refuse_second(model: nn.Module) -> None:
@@ -184,9 +249,10 @@ def _sites(
     exclude_modules: Targets | None,
     saved: Mapping[str, nn.Module],
     report: Report,
+    ffns: Mapping[str, FFN],
 ) -> dict[str, nn.Module]:
     """The layers to adapt; what is left alone goes into the report with its reason."""
-    found, named = select(model, target_modules)
+    found, named = select(model, target_modules, ffns)
     excluded = checked_targets("exclude_modules", exclude_modules) if exclude_modules else None
     sites: dict[str, nn.Module] = {}
     for name, module in found.items():
@@ -207,17 +273,17 @@ def _sites(
             f"adapt: no layer is left to adapt with target_modules={target_modules!r}, exclude_modules={exclude_modules!r}"
             f"{' (' + reasons + ')' if reasons else ''}."
         )
-    if isinstance(target_modules, (list, tuple, set)):
-        unused = [t for t in target_modules if not any(matches(n, [t]) for n in found)]
-        if unused:
-            report.notes.append(f"target_modules entries that match no layer: {', '.join(unused)}.")
-    head = output_head(model)
-    if not named and head and head not in saved:
-        report.notes.append(f"the output head {head!r} is frozen; name it in modules_to_save to train it.")
     return sites
 
 
-def _attach(model: nn.Module, record: Adaptation, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]) -> None:
+def _attach(
+    model: nn.Module,
+    record: Adaptation,
+    adapters: Mapping[str, Adapter],
+    ffns: Mapping[str, FFN],
+    ffn_adapters: Mapping[str, FFNAdapter],
+    saved: Mapping[str, nn.Module],
+) -> None:
     """The only place that changes the model; nothing in it depends on the user's input any more."""
     record.flags = {n: p.requires_grad for n, p in model.named_parameters()}
     record.originals = {n: copy.deepcopy(m) for n, m in saved.items()}
@@ -233,13 +299,17 @@ def _attach(model: nn.Module, record: Adaptation, adapters: Mapping[str, Adapter
         record.classes[name] = type(module)
         module.__class__ = adapted_class(type(module))
         module.adapter = adapter.train(module.training)
+    for name, ffn in ffns.items():
+        record.sites.append(name)
+        record.ffns[name] = ffn
+        record.hooks[name] = attach(model, ffn, ffn_adapters[name])
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         adapted = record.bias == "all" or path in adapters
         if leaf == "bias" and record.bias != "none" and adapted and not parameter.requires_grad and ".adapter." not in name:
             record.biases[name] = parameter.detach().clone()
             parameter.requires_grad_(True)
-    for module, attribute, value in fast_path_owners(model, adapters):
+    for module, attribute, value in fast_path_owners(model, [*adapters, *(n for f in ffns.values() for n in f.linears)]):
         owner = next(n for n, m in model.named_modules() if m is module)
         record.attributes.append((owner, attribute, getattr(module, attribute)))
         setattr(module, attribute, value)
@@ -252,7 +322,7 @@ def _attach(model: nn.Module, record: Adaptation, adapters: Mapping[str, Adapter
 
 
 def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Adapted layers by name."""
+    """Adapted layers and FFNs by name."""
     return {n: m for n, m in model.named_modules() if is_adapted(m)}
 
 
@@ -262,8 +332,10 @@ def unload(model: nn.Module) -> nn.Module:
     ValueError if the model is not adapted (also after merge, which gave up the original weights).
     """
     record = adaptation(model, "unload")
-    for name in record.sites:
-        _strip(model.get_submodule(name), record.classes[name])
+    for name, cls in record.classes.items():
+        _strip(model.get_submodule(name), cls)
+    for name, ffn in record.ffns.items():
+        detach(model, ffn, record.hooks[name])
     for name, original in record.originals.items():
         _restore_module(model, name, original)
     for name, value in record.biases.items():
@@ -282,6 +354,7 @@ def merge(model: nn.Module) -> nn.Module:
     merged weight would not be finite.
     """
     record = adaptation(model, "merge")
+    refuse_ffns(model, record, "merge")
     shared = shared_weights(model, record.sites)
     if shared:
         name, partner = next(iter(shared.items()))
@@ -303,6 +376,16 @@ def merge(model: nn.Module) -> nn.Module:
         _strip(module, record.classes[name])
     _restore_flags(model, record)
     return model
+
+
+def refuse_ffns(model: nn.Module, record: Adaptation, who: str) -> None:
+    """Raise ValueError for `who` (merge, export_lora) if some adapter stands beside an FFN, which has no weight to fold it into."""
+    for name in record.ffns:
+        methods = "+".join(n for n, _ in model.get_submodule(name).adapter.named_children())
+        raise ValueError(
+            f"{who}: {methods} at {name!r} stands beside a non-linear FFN, so no weight can take it in; keep it unmerged, and "
+            "use save_adapter."
+        )
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def by_pattern(name: str, pattern: Mapping[str, Any] | None, default: Any) -> An
 def all_linear(model: nn.Module) -> dict[str, nn.Module]:
     """Every nn.Linear and Conv1D by name, but the output head (PEFT's 'all-linear')."""
     head = output_head(model)
-    return {n: m for n, m in model.named_modules() if _linear(m) and not (head and (n == head or n.startswith(head + ".")))}
+    return {n: m for n, m in model.named_modules() if is_linear_layer(m) and not (head and (n == head or n.startswith(head + ".")))}
 
 
 def output_head(model: nn.Module) -> str | None:
@@ -63,23 +63,32 @@ def output_head(model: nn.Module) -> str | None:
     return None
 
 
-def select(model: nn.Module, target_modules: Targets) -> tuple[dict[str, nn.Module], bool]:
+def is_all(target_modules: Targets) -> bool:
+    """True for 'all-linear', which is every site of a kind and not a name."""
+    return isinstance(target_modules, str) and target_modules.lower() == "all-linear"
+
+
+def select(
+    model: nn.Module, target_modules: Targets, other_sites: Collection[str] = ()
+) -> tuple[dict[str, nn.Module], bool]:
     """The targeted modules by name, and whether they were asked for by name (not by 'all-linear').
 
+    other_sites: names that are targets of another kind (FFNs), which are left out.
     Raises ValueError if nothing matches, or if a named target is no linear layer.
     """
-    if isinstance(target_modules, str) and target_modules.lower() == "all-linear":
+    if is_all(target_modules):
         found, named = all_linear(model), False
     else:
         targets = checked_targets("target_modules", target_modules)
         found, named = {n: m for n, m in model.named_modules() if n and matches(n, targets)}, True
+    found = {n: m for n, m in found.items() if n not in other_sites}
     if not found:
-        names = [n for n, m in model.named_modules() if _linear(m)]
+        names = [n for n, m in model.named_modules() if is_linear_layer(m)]
         raise ValueError(
             f"adapt: target_modules={target_modules!r} matches no layer of {type(model).__name__}; "
             f"its linear layers are {', '.join(names[:12]) or 'none'}{' ...' if len(names) > 12 else ''}."
         )
-    wrong = [f"{n} ({type(m).__name__})" for n, m in found.items() if not _linear(m)]
+    wrong = [f"{n} ({type(m).__name__})" for n, m in found.items() if not is_linear_layer(m)]
     if wrong:
         raise ValueError(f"adapt: targets {', '.join(wrong[:6])} are no linear layers; name nn.Linear or Conv1D layers only.")
     return found, named
@@ -134,5 +143,6 @@ def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return result
 
 
-def _linear(module: nn.Module) -> bool:
+def is_linear_layer(module: nn.Module) -> bool:
+    """nn.Linear, or Transformers' Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)

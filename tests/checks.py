@@ -9,6 +9,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.method.dylora import set_rank
+from fastpeft.method.rosa import RoSA
 from fastpeft.ops.dropout import draw_seed
 from fastpeft.terms import Gain, LowRank
 
@@ -115,6 +116,16 @@ def perturb(model, size=0.3):
         for p in model.parameters():
             if p.requires_grad:
                 p.add_(size * torch.randn_like(p))
+    return model
+
+
+def with_masks(model, seed=0):
+    """Give every rosa layer a random mask, as a finished schedule would; its values stay zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for m in model.modules():
+        if isinstance(m, RoSA) and m.values is not None:
+            flat = torch.randperm(m.shape[0] * m.shape[1], generator=generator)[: m.values.numel()].sort().values
+            m.set_mask(torch.stack([flat // m.shape[1], flat % m.shape[1]]))
     return model
 
 

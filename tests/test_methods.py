@@ -6,34 +6,72 @@ import copy
 
 import pytest
 import torch
-from checks import DT, MLP, perturb, rand
+from checks import DT, MLP, perturb, rand, with_masks
 from tolerance import assert_fp64
 from torch import nn
 
 import fastpeft
 from fastpeft.base import Plain
-from fastpeft.terms import effective_bias, effective_weight
+from fastpeft.terms import Bias, delta_weight, effective_bias, effective_weight
 
 METHODS = {m.name: m for m in fastpeft.methods()}
 MERGEABLE = [n for n, m in METHODS.items() if m.mergeable]
 DROPPING = [n for n, m in METHODS.items() if "dropout" in m.options]
 every = pytest.mark.parametrize("name", list(METHODS))
 mergeable = pytest.mark.parametrize("name", MERGEABLE)
+ON_FFN = [n for n, m in METHODS.items() if m.site == "ffn"]
+# options with which a method whose published start is no identity starts as one
+IDENTITY = {"krona_b_res": {"res_init": 0.0}}
+
+
+class Block(nn.Module):
+    """An MLP as the FFN of a model, for the methods that sit beside one."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.mlp = MLP(**options)
+
+    up = property(lambda self: self.mlp.up)
+    down = property(lambda self: self.mlp.down)
+
+    def forward(self, x):
+        return self.mlp(x)
+
+
+def fresh(name, **options):
+    """A model that the method fits on."""
+    return Block(**options) if name in ON_FFN else MLP(**options)
+
+
+def method_of(model, name):
+    """The method at one site of a model that `fresh` made."""
+    return (model.mlp if name in ON_FFN else model.up).adapter.get_submodule(name)
 
 
 def small(name, **options):
-    """The method's defaults, with the rank lowered to 3 where it has one (1 shared rank would hide a rotation)."""
-    return ({"rank": 3} if "rank" in METHODS[name].options else {}) | options
+    """The method's defaults, with the rank lowered to 3 where it has one (1 shared rank would hide a rotation), a density raised."""
+    own = {k: v for k, v in {"rank": 3, "density": 0.1}.items() if k in METHODS[name].options}
+    return own | options
 
 
 def adapted(name, model=None, moved=True, **options):
-    model = model or MLP()
+    model = model or fresh(name)
     fastpeft.adapt(model, name, **small(name, **options))
+    with_masks(model)
     return perturb(model) if moved else model
 
 
 def trainable(model):
     return {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+def beside(model, name, x):
+    """The Block's MLP plus the dense form of the method's terms, differentiable in its parameters."""
+    method, mlp = method_of(model, name), model.mlp
+    y = mlp.down(torch.tanh(mlp.up(x)))
+    for t in method.terms(mlp.adapter.width):
+        y = y + (t.b if isinstance(t, Bias) else nn.functional.linear(x, delta_weight(t, DT)))
+    return y if method.residual() is None else y + method.residual() * x
 
 
 def effective(model, x):
@@ -55,17 +93,17 @@ def grads(y, model, *more):
 
 @every
 def test_identity_at_init(name):
-    model, x = MLP(), rand(5, 16)
+    model, x = fresh(name), rand(5, 16)
     want = model(x)
-    assert_fp64(adapted(name, model, moved=False)(x), want)
+    assert_fp64(adapted(name, model, moved=False, **IDENTITY.get(name, {}))(x), want)
 
 
 @every
 def test_every_parameter_has_a_role_and_moves_the_output(name):
     model, x = adapted(name), rand(5, 16)
     model.eval()
-    roles = model.up.adapter.get_submodule(name).ROLES
-    for n, p in model.up.adapter.get_submodule(name).named_parameters():
+    roles = method_of(model, name).ROLES
+    for n, p in method_of(model, name).named_parameters():
         assert n.split(".")[0] in roles, f"{n} has no role"
         if p.requires_grad:
             before = model(x)
@@ -84,6 +122,16 @@ def test_forward_and_gradients_equal_effective_weight(name):
         assert_fp64(got[n], want[n], n)
 
 
+@pytest.mark.parametrize("name", ON_FFN)
+def test_forward_and_gradients_beside_an_ffn(name):
+    model, x = adapted(name), rand(2, 5, 16)
+    for mode in (model.train(), model.eval()):
+        assert_fp64(mode(x), beside(mode, name, x), "y")
+    got, want = grads(model(x), model, x), grads(beside(model, name, x), model, x)
+    for n in want:
+        assert_fp64(got[n], want[n], n)
+
+
 @mergeable
 @pytest.mark.parametrize("bias", [True, False])
 def test_merge_equals_unmerged(name, bias):
@@ -95,17 +143,17 @@ def test_merge_equals_unmerged(name, bias):
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in MERGEABLE])
-def test_merge_refuses_token_dependent(name):
+def test_merge_refuses_what_has_no_weight(name):
     model, x = adapted(name).eval(), rand(5, 16)
     want = model(x)
-    with pytest.raises(ValueError, match="token-dependent"):
+    with pytest.raises(ValueError, match="non-linear FFN" if name in ON_FFN else "token-dependent"):
         fastpeft.merge(model)
     assert torch.equal(model(x), want)
 
 
 @every
 def test_unload_restores_bits_classes_and_flags(name):
-    model = MLP()
+    model = fresh(name)
     model.up.weight.requires_grad_(False)
     before, flags = copy.deepcopy(model.state_dict()), {n: p.requires_grad for n, p in model.named_parameters()}
     tensors = {n: id(p) for n, p in model.named_parameters()}
@@ -114,6 +162,7 @@ def test_unload_restores_bits_classes_and_flags(name):
     assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
     assert {n: id(p) for n, p in model.named_parameters()} == tensors
     assert type(model.up) is type(model.down) is nn.Linear
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "adapter" in m._modules for m in model.modules())
     after = model.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[k], before[k]) for k in before)
 
@@ -138,7 +187,7 @@ def test_deepcopy_is_independent(name):
 
 @every
 def test_state_dict_round_trip(name):
-    first, second = MLP(), MLP()
+    first, second = fresh(name), fresh(name)
     adapted(name, first), adapted(name, second)
     x = rand(5, 16)
     assert not torch.equal(first.eval()(x), second.eval()(x))
@@ -159,7 +208,7 @@ def test_dropout_acts_in_training_only(name):
 @every
 def test_two_micro_batches_and_a_reference_pass_between(name):
     """Gradients of two micro-batches add up to those of the whole; adapters_off between forward and backward is harmless."""
-    model, x = MLP(), rand(6, 16)
+    model, x = fresh(name), rand(6, 16)
     base = model(x)
     adapted(name, model)
     want = grads(model(x), model)
@@ -208,12 +257,17 @@ def test_checkpointing_equals_plain(name, reentrant):
 @every
 def test_tied_module_and_shared_weight(name):
     model = nn.Module()
-    model.a = model.b = nn.Linear(16, 16, dtype=DT)
+    first, second = ("mlp", "ffn") if name in ON_FFN else ("a", "b")
+    tied = MLP() if name in ON_FFN else nn.Linear(16, 16, dtype=DT)
+    setattr(model, first, tied)
+    setattr(model, second, tied)
     report = fastpeft.adapt(model, name, **small(name))
-    assert report.adapted == ["a"] and model.a is model.b
-    perturb(model)
-    model.b(model.a(rand(3, 16))).sum().backward()
+    assert report.adapted == [first] and getattr(model, first) is getattr(model, second) is tied
+    perturb(with_masks(model))
+    tied(tied(rand(3, 16))).sum().backward()
     assert all(p.grad is not None for p in trainable(model).values())
+    if name in ON_FFN:
+        return  # it reads no weight that another layer could share
 
     model = MLP()
     model.twin = nn.Linear(16, 32, dtype=DT)
@@ -231,7 +285,7 @@ def test_tied_module_and_shared_weight(name):
 @every
 def test_save_and_load(name, tmp_path):
     checkpoint = pytest.importorskip("fastpeft.checkpoint")
-    model, x = MLP(), rand(5, 16)
+    model, x = fresh(name), rand(5, 16)
     plain = copy.deepcopy(model)
     adapted(name, model).eval()
     checkpoint.save_adapter(model, tmp_path)

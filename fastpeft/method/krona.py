@@ -1,8 +1,9 @@
 """KronA: y += s x (A (x) B), the Kronecker product in the row-vector form of the paper: A [a1, a2], B [b1, b2], a1 * b1 = in,
 a2 * b2 = out; so the update of W is s A^T (x) B^T.   A starts Kaiming uniform (a = sqrt(5)), B at zero.
 
-The shape of A is free: shape=(a1, a2), each a divisor; None takes the divisor nearest the square root of either side. The
-paper leaves start, scale and shapes open; here the scale is 1. Kept for backward: x alone.
+The shape of A is free: shape=(a1, a2), each a divisor. None splits either side as evenly as it can, the larger factor of `in`
+and the smaller one of `out` for A: (32, 24) and (24, 32) at 768, 1536 parameters. The paper leaves start, scale and shapes
+open; here the scale is 1. Kept for backward: x alone.
 
 Paper: arXiv 2212.10650.
 """
@@ -20,15 +21,17 @@ from fastpeft.terms import Kron, Term
 
 
 def split(who: str, site: Site, shape: Sequence[int] | None) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The shapes of A and B at a layer. Raises ValueError where (a1, a2) does not divide (in, out)."""
+    """The shapes of A and B. TypeError for what is no pair of ints, ValueError where it does not divide (in, out)."""
     sizes = (site.in_features, site.out_features)
-    a = [max(m for m in range(1, math.isqrt(n) + 1) if n % m == 0) for n in sizes] if shape is None else list(shape)
-    if len(a) != 2:
-        raise ValueError(f"{who}: shape={shape!r}; it must be (a1, a2), the shape of A.")
-    for name, m, n in zip(("a1", "a2"), a, sizes, strict=True):
-        if n % check_int(who, f"shape {name}", m, 1, n, site.name):
-            raise ValueError(f"{who}: shape={tuple(a)} at {site.name!r} ({sizes[0]} -> {sizes[1]}); {m} does not divide {n}.")
-    return (a[0], a[1]), (sizes[0] // a[0], sizes[1] // a[1])
+    if shape is None:
+        low_in, low_out = (max(m for m in range(1, math.isqrt(n) + 1) if n % m == 0) for n in sizes)
+        return (sizes[0] // low_in, low_out), (low_in, sizes[1] // low_out)
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2:
+        raise TypeError(f"{who}: shape={shape!r} at {site.name!r}; it must be a pair (a1, a2), the shape of A, or None.")
+    for name, m, n in zip(("a1", "a2"), shape, sizes, strict=True):
+        if n % check_int(who, f"shape {name}", m, 1, n, site.name, "the side that it divides"):
+            raise ValueError(f"{who}: shape={shape!r} at {site.name!r} ({sizes[0]} -> {sizes[1]}); {m} does not divide {n}.")
+    return (shape[0], shape[1]), (sizes[0] // shape[0], sizes[1] // shape[1])
 
 
 @method("krona", paper="arXiv 2212.10650")

@@ -1,0 +1,97 @@
+"""RoSA: W + s B A + S, s = alpha / rank: a low-rank and a sparse update.   A [rank, in], B [out, rank] and values [nnz] train.
+
+S holds `values` at nnz = int(density * out * in) entries of W and has no scale and no dropout. Which entries, `index` (int32
+[2, nnz], row-major), is chosen by the gradient of W in the first steps: fastpeft.train.RoSASchedule does that, or
+fastpeft.train.load_masks reads the choice of an earlier run. Until then index is -1 and the sparse part is out of the sum;
+training without the schedule raises, evaluation is LoRA's. A folder holds index and values; reading them switches the sparse
+part on. rank=0 is a sparse update alone, density=0 is LoRA. apply says how S reaches the product (fastpeft.terms.Sparse).
+
+Paper: arXiv 2401.04679.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastpeft.method.lora import scaling
+from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, method
+from fastpeft.terms import APPLY, Dense, LowRank, Sparse, Term, validate
+
+
+@method("rosa", paper="arXiv 2401.04679")
+class RoSA(Method):
+    ROLES: ClassVar = {"A": "down", "B": "up", "values": "sparse"}
+    PROCEDURE = "RoSASchedule"
+
+    def __init__(self, site: Site, *, rank: int = 8, alpha: float = 8, dropout: float = 0.0, density: float = 0.003,
+                 rslora: bool = False, apply: str = "copy"):  # fmt: skip
+        super().__init__()
+        self.shape = out, size_in = site.out_features, site.in_features
+        check_int("rosa", "rank", rank, 0, min(self.shape), site.name, "the smaller side of the layer")
+        if not 0.0 <= check_finite("rosa", "density", density) <= 1.0:
+            raise ValueError(f"rosa: density={density} at {site.name!r}; it must be 0 to 1, the share of entries that train.")
+        nnz = int(density * (out * size_in))
+        if rank == 0 and nnz == 0:
+            raise ValueError(
+                f"rosa: rank=0 and density={density} at {site.name!r} ({size_in} -> {out}) leave nothing to train; raise one."
+            )
+        if apply not in APPLY:
+            raise ValueError(f"rosa: apply={apply!r}; it must be one of {', '.join(APPLY)}.")
+        self.dropout, self.apply_as, self.site = check_probability("rosa", "dropout", dropout), apply, site.name
+        self.scale = scaling(max(rank, 1), check_finite("rosa", "alpha", alpha), rslora)
+        self.A = site.empty(rank, size_in) if rank else None
+        self.B = site.zeros(out, rank) if rank else None
+        if rank:
+            nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        self.values = site.zeros(nnz) if nnz else None
+        index = torch.full((2, nnz), -1, dtype=torch.int32, device=site.device) if nnz else None
+        self.register_buffer("index", index)
+        self.masked, self.scheduled, self.leaf = False, False, None
+
+    def terms(self, base: Any) -> list[Term]:
+        if self.training and not (self.masked or self.scheduled or self.values is None):
+            raise RuntimeError(
+                f"rosa: {self.site!r} has no mask, so its sparse part cannot train; attach fastpeft.train.RoSASchedule, read "
+                "masks with fastpeft.train.load_masks, or adapt with density=0."
+            )
+        found = [t for t in self.every_term(base) if self.masked or isinstance(t, LowRank)]
+        return found if self.leaf is None or not self.training else [*found, Dense(self.leaf)]
+
+    def every_term(self, base: Any) -> list[Term]:
+        p = self.dropout if self.training else 0.0
+        low: list[Term] = [] if self.A is None else [LowRank(self.A, self.B, self.scale, dropout=p)]
+        return low if self.values is None else [*low, Sparse(self.values, self.index, self.apply_as)]
+
+    def collect(self, take: Callable[[Tensor], None] | None) -> None:
+        """From the next training forward on, backward gives W's gradient [out, in] to `take`, which may keep it; None ends that."""
+        self.leaf = None
+        if take is not None and self.values is not None:
+            leaf = self.values.detach().new_zeros(()).expand(self.shape).requires_grad_()
+            leaf.register_post_accumulate_grad_hook(functools.partial(_hand_over, take))
+            self.leaf = leaf
+
+    def set_mask(self, index: Tensor) -> None:
+        """Use these entries: int32 [2, nnz], row-major. In place; the sparse part is on from the next forward."""
+        self.index.copy_(index)
+        self.restored()
+
+    def restored(self) -> None:
+        self.masked = self.values is not None and not self.index.is_meta and bool(self.index[0, 0] >= 0)
+
+    def check_state(self, state: Mapping[str, Tensor]) -> None:
+        if self.values is not None and bool((state["index"] != -1).any()):
+            validate([Sparse(self.values, state["index"])], *self.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"scheduled": False, "leaf": None}  # no procedure watches a copy
+
+
+def _hand_over(take: Callable[[Tensor], None], leaf: Tensor) -> None:
+    grad, leaf.grad = leaf.grad, None
+    take(grad)

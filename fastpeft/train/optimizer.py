@@ -1,0 +1,45 @@
+"""The optimiser's parameter groups, which procedures may rearrange."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fastpeft.train.protocol import Procedure
+
+
+def build_optimizer(
+    model: nn.Module,
+    procedures: Sequence[Procedure],
+    cls: Callable[..., Optimizer],
+    lr: float,
+    **options: Any,
+) -> Optimizer:
+    """cls(groups, lr=lr, **options) over the model's trainable parameters, in groups as the procedures want them.
+
+    Raises ValueError if nothing trains, or if a procedure leaves out a trainable parameter, repeats one or adds a frozen one.
+    """
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    if not names:
+        raise ValueError(f"build_optimizer: no parameter of this {type(model).__name__} trains; call fastpeft.adapt first.")
+    groups: list[dict[str, Any]] = [{"params": list(names)}]
+    for procedure in procedures:
+        groups = [g for g in procedure.param_groups(model, groups) if g["params"]]
+        held = [p for g in groups for p in g["params"]]
+        wrong = [n for p, n in names.items() if sum(p is q for q in held) != 1] if len(held) != len(names) else []
+        if wrong or set(held) != set(names):
+            raise ValueError(
+                f"build_optimizer: {type(procedure).__name__}.param_groups returned {len(held)} parameters for {len(names)} that "
+                f"train; each belongs in exactly one group{': ' + ', '.join(wrong[:4]) if wrong else ''}."
+            )
+    return cls(groups, lr=lr, **options)
+
+
+def split_off(groups: list[dict[str, Any]], chosen: Iterable[nn.Parameter], **settings: Any) -> list[dict[str, Any]]:
+    """The groups with the chosen parameters taken out into one of their own, which has these settings (lr, weight_decay, ...)."""
+    out = set(chosen)
+    rest = [g | {"params": [p for p in g["params"] if p not in out]} for g in groups]
+    return [*rest, {"params": [p for g in groups for p in g["params"] if p in out], **settings}]
