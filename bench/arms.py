@@ -1,7 +1,7 @@
 """What is compared: one frozen linear, and the same under stock PEFT and under fastpeft, on equal values.
 
 The layers come from fastpeft.job.layerbench. All arms of one comparison share one weight in memory, every arm
-of a method starts from the same A and B (B not zero, both exact in the layer's dtype), and what is called is
+of a method starts from the same factors (none zero, all exact in the layer's dtype), and what is called is
 the layer itself, without the wrapper of PEFT's model.
 """
 
@@ -117,9 +117,10 @@ def share_weight(layer: nn.Module, frozen: nn.Module) -> None:
 @torch.no_grad()
 def _fastpeft(variant: Variant, holder: nn.Module, dtype: torch.dtype) -> Arm:
     own = holder.linear.adapter.get_submodule(variant.method)
-    own.B.normal_(0, 0.02)
     parameters = dict(own.named_parameters())
     for p in parameters.values():
+        if not p.any():  # what starts at zero (B, and its like in other methods)
+            p.normal_(0, 0.02)
         p.copy_(p.to(dtype))
     start = {name: p.detach().double() for name, p in parameters.items()}
     return Arm(
@@ -151,7 +152,7 @@ def _peft_arm(variant: Variant, adapter_dtype: str, model: nn.Module, ours: Arm)
     layer = model.get_submodule("base_model.model.linear")
     live = dict(layer.named_parameters())
     keys = get_recipe(variant.method).cls.PEFT.keys  # type: ignore[union-attr]
-    parameters = {name: live[_in_memory(keys[name])] for name in ours.parameters}
+    parameters = {name: live[_in_memory(keys[name], live)] for name in ours.parameters}
     return Arm(
         peft_name(variant.name, adapter_dtype),
         "PEFT",
@@ -164,12 +165,13 @@ def _peft_arm(variant: Variant, adapter_dtype: str, model: nn.Module, ours: Arm)
     )
 
 
-def _in_memory(key: str) -> str:
-    """lora_A.weight is lora_A.default.weight in memory, lora_magnitude_vector is
+def _in_memory(key: str, live: Mapping[str, Any]) -> str:
+    """lora_A.weight is lora_A.default.weight in memory, hada_w1_a is hada_w1_a.default, and lora_magnitude_vector
     lora_magnitude_vector.default.weight.
     """
     stem, dot, leaf = key.partition(".")
-    return f"{stem}.default.{leaf if dot else 'weight'}"
+    name = f"{stem}.default"
+    return name if name in live else f"{name}.{leaf if dot else 'weight'}"
 
 
 def peft_name(variant: str, adapter_dtype: str) -> str:

@@ -18,7 +18,7 @@ from bench.arms import AGAIN, FASTPEFT, FROZEN, Arm, Variant
 from bench.machine import name_of
 from bench.oracle import check
 from fastpeft.job.layerbench import Shape
-from fastpeft.job.measure import interleaved
+from fastpeft.job.measure import bytes_saved, interleaved
 
 __all__ = ["AGAIN", "FASTPEFT", "FROZEN", "compare", "inputs", "quartiles", "rivals", "step"]
 
@@ -35,6 +35,12 @@ def step(arm: Arm, x: Tensor, dy: Tensor) -> Callable[[], object]:
     """Forward and backward: dx and the adapter's gradients."""
     wanted = [x, *arm.parameters.values()]
     return lambda: torch.autograd.grad(arm.forward(x), wanted, dy)
+
+
+def saved(arm: Arm, x: Tensor) -> int:
+    """Bytes kept for backward beyond x and the layer's own tensors."""
+    with arm.using():
+        return bytes_saved(lambda: arm.forward(x), [x, *arm.layer.parameters(), *arm.layer.buffers()])
 
 
 def quartiles(values: list[float]) -> list[float]:
@@ -78,6 +84,7 @@ def compare(
             "error": checked[arm.name][0],
             "wrong": checked[arm.name][1],
             "rounds": rounds,
+            "saved_bytes": saved(arm, x),
         }
         if arm.name in seconds:
             row |= _times(arm, found, seconds)

@@ -32,6 +32,18 @@ def low_rank(method: str, x: Tensor, mask: Tensor | None, factors: dict[str, Ten
     return scale * (u @ B.T)
 
 
+def dense(method: str, f: dict[str, Tensor]) -> Tensor | None:
+    """The update [out, in] without its scale, of a method whose update the paper states as a matrix."""
+    if method == "loha":
+        return (f["w1_a"] @ f["w1_b"]) * (f["w2_a"] @ f["w2_b"])
+    if method == "lokr":
+        w1, w2 = (f[n] if n in f else f[f"{n}_a"] @ f[f"{n}_b"] for n in ("w1", "w2"))
+        return torch.einsum("ac,bd->abcd", w1, w2).reshape(len(w1) * len(w2), -1)
+    if method == "krona":
+        return torch.einsum("ca,db->abcd", f["A"], f["B"]).reshape(f["A"].shape[1] * f["B"].shape[1], -1)
+    return None
+
+
 def formula(arm: Arm, x: Tensor, dy: Tensor, dtype: torch.dtype, mask: Tensor | None) -> dict[str, Tensor]:
     """y, dx and the gradient of each of the adapter's parameters, in `dtype`.
 
@@ -44,7 +56,11 @@ def formula(arm: Arm, x: Tensor, dy: Tensor, dtype: torch.dtype, mask: Tensor | 
     p = {name: t.to(dtype).requires_grad_() for name, t in arm.start.items()}
     y = x @ W.T
     if arm.method is not None:
-        low = low_rank(arm.method, x, mask, p, arm.scale)
+        delta = dense(arm.method, p)
+        if delta is None:
+            low = low_rank(arm.method, x, mask, p, arm.scale)
+        else:
+            low = arm.scale * (x @ delta.T)
         if arm.method == "dora":
             g = p["m"] / (W + arm.scale * (p["B"] @ p["A"])).detach().norm(dim=1)
             low = (g - 1) * (y if mask is None else (x * mask) @ W.T) + g * low

@@ -61,6 +61,8 @@ class AdaptedLinear(nn.Linear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"AdaptedLinear.from_linear: got {type(linear).__name__}; it takes an nn.Linear.")
         adapter = build_adapter("linear", Plain(linear.weight), recipes(method, options), options)
+        if any(m.overlays() for m in adapter.children()):
+            raise ValueError("AdaptedLinear.from_linear: overlay=True would change the weight of the linear that was given too.")
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.in_features, new.out_features = linear.in_features, linear.out_features
@@ -72,15 +74,30 @@ class AdaptedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return adapted_forward(self, input, self.weight)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        release(self)  # an overlay in the weight would count twice where the adapter is saved too
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
 
 def adapted_forward(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The forward of every adapted layer; weight [out, in] is the module's own, transposed where it stores [in, out]."""
     adapter = module.adapter
     if not adapter.enabled:
+        if x.requires_grad and torch.is_grad_enabled() and any(m.overlays() for m in adapter.children()):
+            raise RuntimeError(
+                "adapters_off: this layer has overlay=True, so its weight is another one by the time of a backward; run the "
+                "reference forward under torch.no_grad(), or adapt with apply='copy'."
+            )
         return F.linear(x, weight, module.bias)
     base = Plain(weight)
     check_input(x, base)
     return run_terms(x, base, module.bias, adapter.terms(base))
+
+
+def release(module: Any) -> None:
+    """Put the weight of an adapted layer back as it was, where a method holds it changed between forwards."""
+    for method in module.adapter.children():
+        method.release(weight_of(module).detach())
 
 
 def recipes(method: str | list[str], options: Mapping[str, Any]) -> list[Recipe]:
@@ -125,12 +142,17 @@ def adapted_class(cls: type) -> type:
         if issubclass(cls, nn.Linear):
             _CLASSES[cls] = type(f"Adapted{cls.__name__}", (AdaptedLinear, cls), {"__module__": cls.__module__})
         else:
-            _CLASSES[cls] = type("AdaptedConv1DLinear", (cls,), {"forward": _conv1d_forward, "__module__": cls.__module__})
+            _CLASSES[cls] = type("AdaptedConv1DLinear", (cls,), {"forward": _conv1d_forward, "_save_to_state_dict": _save, "__module__": cls.__module__})
     return _CLASSES[cls]
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
     return adapted_forward(self, x, self.weight.t())
+
+
+def _save(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+    release(self)
+    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
 
 
 def is_conv1d(module: nn.Module) -> bool:

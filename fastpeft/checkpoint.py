@@ -138,7 +138,12 @@ def _peft_format(model: nn.Module, record: Adaptation) -> PeftFormat | None:
     form = recipe.cls.PEFT
     if form is None or len(record.methods) > 1 or form.config(recipe.options | record.options) is None:
         return None
-    needs = {"bias": record.bias != "none", "fan_in_fan_out": _conv1d(model, record)}
+    needs = {
+        "bias": record.bias != "none",
+        "fan_in_fan_out": _conv1d(model, record),
+        "rank_pattern": bool(record.rank_pattern),
+        "alpha_pattern": bool(record.alpha_pattern),
+    }
     return None if any(needs[field] for field in form.lacks) else form
 
 

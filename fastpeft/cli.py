@@ -87,6 +87,11 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=d.batch_size, help="default: %(default)s")
     add("--max-length", type=int, default=d.max_length, help="tokens; default: %(default)s")
     add("--lr", type=float, default=d.lr, help="default: %(default)s")
+    add(
+        "--adapter-lr",
+        type=float,
+        help="of the adapter's own parameters (default: the method's published rule, or --lr where it has none)",
+    )
     add("--weight-decay", type=float, default=d.weight_decay, help="default: %(default)s")
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, help="one seed (default: 0)")
@@ -200,6 +205,7 @@ def _finetune(arguments: argparse.Namespace) -> None:
         "epochs",
         "batch_size",
         "lr",
+        "adapter_lr",
     )
     more = ("max_length", "weight_decay", "split_seed", "output", "threads", "device", "dtype", "quick")
     more += ("patience", "min_delta", "save_every")

@@ -45,6 +45,12 @@ def _sparse(term: Sparse, base: Any, on_base: bool, triton: bool) -> Any:
     code: Any = sparse
     if triton:
         from fastpeft.ops import sparse_triton as code
+    if term.apply == "overlay":
+        if not on_base:
+            raise ValueError("adapted_linear: an overlay cannot stand under a gain with dropout; use apply='copy'.")
+        if torch.compiler.is_compiling():
+            raise RuntimeError("adapted_linear: an overlay writes W in place, which compiled code cannot; use apply='copy'.")
+        return sparse.Overlaid(code, term.overlay)
     if term.apply == "exact" or not on_base:
         return sparse.Exact(code, (base.out_features, base.in_features))
     # traced code has no order in which others could read W: the copy, which has the same bits

@@ -60,7 +60,7 @@ class PeftFormat:
     config: None where PEFT cannot express the options; the folder is then fastpeft's own.
     config_class: its name in peft.   start: the field that says how PEFT initialises.
     reads: config field -> option; empty where another method of the same peft_type is what its configs are read as.
-    lacks: what LoraConfig holds and this class does not (bias, fan_in_fan_out).
+    lacks: what LoraConfig holds and this class does not (bias, fan_in_fan_out, rank_pattern, alpha_pattern).
     """
 
     peft_type: str
@@ -99,9 +99,21 @@ class Method(nn.Module):
         """The terms with all parts of the method in use, where terms() leaves out some until they exist."""
         return self.terms(base)
 
+    @classmethod
+    def learning_rate(cls, options: Mapping[str, Any]) -> float | None:
+        """The published rule for the learning rate of its parameters, from all of its options; None where there is none."""
+        return None
+
     def residual(self) -> torch.Tensor | None:
         """On an ffn site: the factor [1] with which x itself is added; None adds none."""
         return None
+
+    def release(self, weight: torch.Tensor) -> None:
+        """Put the base weight [out, in] back as it was, where the method holds it changed between forwards (an overlay)."""
+
+    def overlays(self) -> list[Any]:
+        """The fastpeft.overlay.Overlay objects through which it does."""
+        return []
 
     def refill(self) -> None:
         """Write the buffers that are not saved (masks, indices) in place."""

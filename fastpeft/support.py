@@ -45,6 +45,13 @@ def bernoulli(key: int, rows: int, cols: int, density: float) -> Tensor:
     return torch.cat(found, 1)
 
 
+def counted(key: int, rows: int, cols: int, count: int) -> Tensor:
+    """int32 [2, count], row-major: `count` different entries, each set of them as likely as any other."""
+    generator = torch.Generator().manual_seed(key)
+    flat = torch.randperm(rows * cols, generator=generator)[:count].sort().values
+    return torch.stack([flat // cols, flat % cols]).to(torch.int32)
+
+
 def columns(rows: int, cols: int, density: float, *, tail: bool) -> Tensor:
     """int32 [2, nnz], row-major: the first int(rows * cols * density) entries column by column, from the left or the right.
 

@@ -25,6 +25,7 @@ from fastpeft.adapter import (
     is_adapted,
     is_conv1d,
     recipes,
+    release,
     weight_of,
 )
 from fastpeft.base import Plain
@@ -172,6 +173,10 @@ def _adapt(
         }
         adapters[name] = build_adapter(name, Plain(weight_of(module).detach()), on_linear, own)
     for other, partner in shared_weights(model, adapters).items():
+        if any(m.overlays() for m in adapters[other].children()):
+            raise ValueError(
+                f"adapt: overlay=True at {other!r}, whose weight {partner!r} shares and would read changed; use apply='copy'."
+            )
         report.notes.append(f"{other} shares its weight with {partner}: the adapter acts on {other} only, and merge refuses.")
 
     _attach(model, record, adapters, ffns, ffn_adapters, saved)
@@ -332,6 +337,8 @@ def unload(model: nn.Module) -> nn.Module:
     ValueError if the model is not adapted (also after merge, which gave up the original weights).
     """
     record = adaptation(model, "unload")
+    for name in record.classes:
+        release(model.get_submodule(name))
     for name, cls in record.classes.items():
         _strip(model.get_submodule(name), cls)
     for name, ffn in record.ffns.items():
@@ -360,6 +367,8 @@ def merge(model: nn.Module) -> nn.Module:
         name, partner = next(iter(shared.items()))
         raise ValueError(f"merge: {name!r} shares its weight with {partner!r}, which would change too; untie them first.")
     modules = {name: model.get_submodule(name) for name in record.sites}
+    for module in modules.values():
+        release(module)
     # twice over the layers and not a second copy of all weights: an error found at the last layer must change nothing
     for name, module in modules.items():
         for merged in _merged(module):
@@ -415,9 +424,18 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """Within it the model computes as before adapt: adapters, trained modules and trained biases step aside.
 
     No tensor is written, so it may stand between a forward and its backward (a DPO reference pass). It can be nested.
+    With overlay=True the weights are put back first, and RuntimeError says so where a backward is still to come.
     """
     record = adaptation(model, "adapters_off")
     adapters = [model.get_submodule(name).adapter for name in record.sites]
+    for name in record.classes:
+        module: Any = model.get_submodule(name)
+        if any(o.alive for m in module.adapter.children() for o in m.overlays()):
+            raise RuntimeError(
+                f"adapters_off: {name!r} has overlay=True and a forward whose backward has not run; its weight cannot be put back "
+                "now. Run that backward first (or drop its output), or adapt with apply='copy'."
+            )
+        release(module)
     enabled = [a.enabled for a in adapters]
     modules = {name: model.get_submodule(name) for name in record.originals}
     biases = {name: model.get_parameter(name) for name in record.biases}

@@ -102,13 +102,14 @@ class Sparse:
     values [nnz], fp32 on a 16-bit base.   index: int32 [2, nnz], in row-major order without repetition.
     apply: how the base product gets it. "copy": a copy of W with the entries W + value, in one workspace, made anew in
         forward and in backward. "window": W's own entries are changed while the product runs and put back bit for bit, which
-        nobody else may read meanwhile. "exact": a sparse product of its own beside the base's, so that no value is rounded to
+        nobody else may read meanwhile. "overlay" (with `overlay`, a fastpeft.overlay.Overlay): they stay changed. "exact": a sparse product of its own beside the base's, so that no value is rounded to
         W's dtype.
     """
 
     values: Tensor
     index: Tensor
     apply: str = "copy"
+    overlay: Any = None
 
 
 @dataclass(eq=False, slots=True)
@@ -252,7 +253,7 @@ def _validate_kron(t: Kron, out_features: int, in_features: int) -> None:
 
 
 def _validate_sparse(t: Sparse, out_features: int, in_features: int) -> None:
-    if t.apply not in APPLY:
+    if t.apply not in APPLY and not (t.apply == "overlay" and t.overlay is not None):
         raise ValueError(f"adapted_linear: Sparse.apply={t.apply!r}; it must be one of {', '.join(APPLY)}.")
     if t.index.dtype is not torch.int32 or tuple(t.index.shape) != (2, t.values.numel()) or t.values.dim() != 1:
         raise ValueError(

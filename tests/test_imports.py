@@ -57,7 +57,7 @@ def test_the_reader_sees_imports():
 
 @pytest.mark.parametrize("path", files(PACKAGE / "method"), ids=lambda p: p.name)
 def test_methods_see_only_the_registry_terms_and_supports(path):
-    allowed = ("torch", "fastpeft.registry", "fastpeft.terms", "fastpeft.support", "fastpeft.method")
+    allowed = ("torch", "fastpeft.registry", "fastpeft.terms", "fastpeft.support", "fastpeft.overlay", "fastpeft.method")
     assert not [n for n in imports(path) if not within(n, allowed)]
 
 

@@ -219,6 +219,74 @@ def test_bad_options_are_named(options, word):
         fastpeft.AdaptedLinear(8, 8, method="random_masking", **options)
 
 
+# ---- as many entries as LoRA has numbers, in PEFT's format
+
+
+def test_a_counted_mask_has_as_many_entries_as_lora_has_numbers():
+    layer = fastpeft.AdaptedLinear(30, 20, method="random_masking", rank=3)
+    m = layer.adapter.random_masking
+    assert m.values.shape == (3 * 50,) and m.index.shape == (2, 150)
+    flat = m.index[0].long() * 30 + m.index[1]
+    assert (flat[1:] > flat[:-1]).all() and 0 <= flat[0] and flat[-1] < 600
+    other = fastpeft.AdaptedLinear(30, 20, method="random_masking", rank=3, seed=1).adapter.random_masking
+    assert not torch.equal(other.index, m.index)
+    assert fastpeft.AdaptedLinear(4, 3, method="random_masking", rank=3).adapter.random_masking.values.shape == (12,)
+
+
+@pytest.mark.parametrize("theirs_first", [False, True])
+def test_folders_go_both_ways_with_pefts_shira(theirs_first, tmp_path):
+    def plain():
+        torch.manual_seed(6)
+        return MLP()
+
+    x = rand(5, 16)
+    if theirs_first:
+        config = peft.ShiraConfig(r=2, target_modules=["up", "down"], random_seed=5)
+        saver = peft.get_peft_model(plain(), config, autocast_adapter_dtype=False).double()
+        perturb(saver)
+        saver.save_pretrained(tmp_path)
+    else:
+        saver = plain()
+        fastpeft.adapt(saver, "random_masking", rank=2, seed=5)
+        perturb(saver)
+        fastpeft.save_adapter(saver, tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SHIRA"
+    theirs = peft.PeftModel.from_pretrained(plain(), tmp_path, autocast_adapter_dtype=False).double()
+    ours = plain()
+    fastpeft.load_adapter(ours, tmp_path)
+    assert (ours(x) - plain()(x)).abs().max() > 0.1
+    assert_fp64(ours(x), saver(x))
+    assert_fp64(theirs(x), saver(x))
+    # the entries that were read stay through a move
+    assert_fp64(ours.to(torch.float64)(x), saver(x))
+
+
+def test_a_damaged_index_is_refused(tmp_path):
+    model = MLP()
+    fastpeft.adapt(model, "random_masking", rank=2)
+    fastpeft.save_adapter(model, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    key = next(k for k in tensors if k.endswith("shira_indices"))
+    tensors[key][0, -1] = 10_000
+    save_file(tensors, file, header)
+    again = MLP()
+    with pytest.raises(fastpeft.CheckpointError, match="inside"):
+        fastpeft.load_adapter(again, tmp_path)
+    assert not any("adapter" in n for n, _ in again.named_modules())
+
+
+def test_a_custom_mask_of_a_config_is_refused():
+    config = peft.ShiraConfig(r=2, target_modules=["up"], mask_type="custom")
+    with pytest.raises(ValueError, match="mask_type='custom'"):
+        fastpeft.adapt(MLP(), config)
+
+
 # ---- the learning rate
 
 

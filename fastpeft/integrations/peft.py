@@ -20,7 +20,7 @@ _HEAD_TASKS, _HEADS = ("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")
 _SETTINGS = ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
 # fields that say where a config came from or how it was made, not what the adapter computes
 _SILENT = {
-    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type",
+    "auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_type", "peft_version", "task_type", "mask_type",
 }  # fmt: skip
 _SILENT_LORA = {"fan_in_fan_out", "use_dora", "ephemeral_gpu_offload", "runtime_config"}
 # values that PEFT writes when a feature is off
@@ -45,6 +45,8 @@ def from_config(config: Any, model: nn.Module) -> tuple[str, Settings, dict[str,
     start = _reader(fields)[1].start
     if fields.get(start, True) not in _PLAIN_STARTS:
         raise ValueError(f"adapt: {start}={fields[start]!r} of the peft config is not supported; use True.")
+    if fields.get("mask_type") not in (None, "random"):
+        raise ValueError(f"adapt: mask_type={fields['mask_type']!r} of the peft config is not supported; only 'random' is.")
     if getattr(fields.get("task_type"), "value", fields.get("task_type")) in _HEAD_TASKS:
         fields = fields | {"modules_to_save": sorted({*(fields.get("modules_to_save") or ()), *_HEADS})}
     return from_dict(fields, model)

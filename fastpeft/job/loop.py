@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastpeft.job.arms import Arm
+from fastpeft.job.arms import FASTPEFT, Arm
 from fastpeft.job.data import Examples
 from fastpeft.job.early_stopping import EarlyStopping
 from fastpeft.job.errors import JobError
@@ -63,11 +63,14 @@ class Trainee:
 
 
 def trainee(arm: Arm, settings: Settings) -> Trainee:
-    parameters = [p for p in arm.model.parameters() if p.requires_grad]
+    """In fastpeft's arm the adapter's parameters are a group of their own where their learning rate is another one."""
+    live = [(n, p) for n, p in arm.model.named_parameters() if p.requires_grad]
+    share = settings.own_lr / settings.lr if arm.name == FASTPEFT else 1.0
+    adapter = [p for n, p in live if share != 1.0 and ".adapter." in n]
+    rest = [p for n, p in live if share == 1.0 or ".adapter." not in n]
+    groups = [{"params": p, "share": s} for p, s in ((rest, 1.0), (adapter, share)) if p]
     optimizer = (
-        torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        if parameters
-        else None
+        torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay) if groups else None
     )
     stopping = None if settings.patience is None else EarlyStopping(settings.patience, settings.min_delta)
     return Trainee(arm, optimizer, stopping=stopping)
@@ -98,7 +101,7 @@ def train_step(t: Trainee, batch: dict[str, Tensor], lr: float, settings: Settin
         return value
     loss.backward()
     for group in t.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["share"]
         torch.nn.utils.clip_grad_norm_(group["params"], settings.clip)
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)

@@ -82,7 +82,7 @@ def _job(outcome: Outcome) -> list[str]:
         "evaluate on.",
         f"- Method: {s.method}, {options}; targets {targets}.",
         f"- Training: {'' if s.patience is None else 'at most '}{s.epochs} epochs, batch {s.batch_size}, at most {s.max_length} tokens, AdamW at "
-        f"{s.lr:g} with warm-up, "
+        f"{s.lr:g}{'' if s.own_lr == s.lr else f' (the adapter in the fastpeft arm at {s.own_lr:g})'} with warm-up, "
         f"seeds {', '.join(map(str, s.seeds))}, {s.dtype}, {s.torch_device}, {s.thread_count} threads; "
         f"{_wall(outcome)}.",
     ]

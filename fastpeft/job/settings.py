@@ -26,6 +26,8 @@ class Settings:
     given to us.
     device: None for CUDA where there is one, else the CPU.   quick: one epoch on few examples, to see that
     everything works.
+    lr: of everything that trains; adapter_lr: of the adapter's own parameters, None for the method's published rule or,
+    where it has none, lr.
     patience: epochs without an improvement of the validation loss by more than min_delta after which an arm stops;
     None trains for all epochs.   validation_share: of the training data, held out for that.
     save_every: steps between two saves of the run's state, beside one at each epoch's end; 0 for those alone.
@@ -44,6 +46,7 @@ class Settings:
     batch_size: int = 16
     max_length: int = 48
     lr: float = 2e-3
+    adapter_lr: float | None = None
     weight_decay: float = 0.0
     warmup: float = 0.1
     clip: float = 1.0
@@ -74,6 +77,8 @@ class Settings:
             raise JobError(f"finetune: --max-length {self.max_length}; it must be at least 4 tokens.")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise JobError(f"finetune: --lr {self.lr}; it must be a finite number above 0.")
+        if self.adapter_lr is not None and not (math.isfinite(self.adapter_lr) and self.adapter_lr > 0):
+            raise JobError(f"finetune: --adapter-lr {self.adapter_lr}; it must be a finite number above 0.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise JobError(
                 f"finetune: --seeds {list(self.seeds)}; give different whole numbers of at least 0."
@@ -139,6 +144,17 @@ class Settings:
             raise JobError(
                 f"finetune: --output {self.output}: cannot write there ({e.strerror or e})."
             ) from None
+
+    @property
+    def own_lr(self) -> float:
+        """The learning rate of the adapter's own parameters."""
+        from fastpeft.registry import get_recipe
+
+        if self.adapter_lr is not None:
+            return self.adapter_lr
+        recipe = get_recipe(self.method)
+        rule = recipe.cls.learning_rate(recipe.options | dict(self.options))
+        return self.lr if rule is None else rule
 
     @property
     def thread_count(self) -> int:

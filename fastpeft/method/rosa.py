@@ -4,7 +4,8 @@ S holds `values` at nnz = int(density * out * in) entries of W and has no scale 
 [2, nnz], row-major), is chosen by the gradient of W in the first steps: fastpeft.train.RoSASchedule does that, or
 fastpeft.train.load_masks reads the choice of an earlier run. Until then index is -1 and the sparse part is out of the sum;
 training without the schedule raises, evaluation is LoRA's. A folder holds index and values; reading them switches the sparse
-part on. rank=0 is a sparse update alone, density=0 is LoRA. apply says how S reaches the product (fastpeft.terms.Sparse).
+part on. rank=0 is a sparse update alone, density=0 is LoRA. apply says how S reaches the product (fastpeft.terms.Sparse);
+overlay=True keeps it in W instead (fastpeft.overlay).
 
 Paper: arXiv 2401.04679.
 """
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.method.lora import scaling
+from fastpeft.overlay import Overlay
 from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, method
 from fastpeft.terms import APPLY, Dense, LowRank, Sparse, Term, validate
 
@@ -30,7 +32,7 @@ class RoSA(Method):
     PROCEDURE = "RoSASchedule"
 
     def __init__(self, site: Site, *, rank: int = 8, alpha: float = 8, dropout: float = 0.0, density: float = 0.003,
-                 rslora: bool = False, apply: str = "copy"):  # fmt: skip
+                 rslora: bool = False, apply: str = "copy", overlay: bool = False):  # fmt: skip
         super().__init__()
         self.shape = out, size_in = site.out_features, site.in_features
         check_int("rosa", "rank", rank, 0, min(self.shape), site.name, "the smaller side of the layer")
@@ -43,7 +45,8 @@ class RoSA(Method):
             )
         if apply not in APPLY:
             raise ValueError(f"rosa: apply={apply!r}; it must be one of {', '.join(APPLY)}.")
-        self.dropout, self.apply_as, self.site = check_probability("rosa", "dropout", dropout), apply, site.name
+        self.dropout, self.site = check_probability("rosa", "dropout", dropout), site.name
+        self.apply_as, self.overlay = "overlay" if overlay else apply, Overlay() if overlay else None
         self.scale = scaling(max(rank, 1), check_finite("rosa", "alpha", alpha), rslora)
         self.A = site.empty(rank, size_in) if rank else None
         self.B = site.zeros(out, rank) if rank else None
@@ -66,7 +69,14 @@ class RoSA(Method):
     def every_term(self, base: Any) -> list[Term]:
         p = self.dropout if self.training else 0.0
         low: list[Term] = [] if self.A is None else [LowRank(self.A, self.B, self.scale, dropout=p)]
-        return low if self.values is None else [*low, Sparse(self.values, self.index, self.apply_as)]
+        return low if self.values is None else [*low, Sparse(self.values, self.index, self.apply_as, self.overlay)]
+
+    def overlays(self) -> list[Any]:
+        return [] if self.overlay is None else [self.overlay]
+
+    def release(self, weight: Tensor) -> None:
+        for overlay in self.overlays():
+            overlay.release(weight, self.index)
 
     def collect(self, take: Callable[[Tensor], None] | None) -> None:
         """From the next training forward on, backward gives W's gradient [out, in] to `take`, which may keep it; None ends that."""

@@ -18,8 +18,8 @@ from torch import Tensor
 from fastpeft.ops import dense as whole
 from fastpeft.ops import sparse_cpu as cpu
 
-# up to this share of entries the sampled product in C++ costs less than the dense one (measured, docs/KERNELS.md)
-SAMPLED = 0.1
+# up to this share of entries the sampled product in C++ costs less than the dense one in chunks (measured on a CPU)
+SAMPLED = 0.3
 # at a lower share of entries than 1 in this many, gathering columns costs less than the dense product (measured on the CPU)
 GATHERED = 2000
 # numbers that a chunk of entries or of the dense gradient may hold: 16 MiB in fp32
@@ -55,6 +55,24 @@ class Window(Copy):
             yield base
         finally:
             self.code.restore(W, index, saved)
+
+
+class Overlaid(Copy):
+    """W's own entries stay changed (fastpeft.overlay); backward writes them again, whatever stood there meanwhile."""
+
+    def __init__(self, code: Any, overlay: Any):
+        self.code, self.overlay = code, overlay
+        if torch.is_grad_enabled():
+            overlay.alive.add(self)
+
+    @contextlib.contextmanager
+    def change(self, base: Any, tensors: Sequence[Tensor], scale: float) -> Iterator[Any]:
+        self.overlay.put(base.W, _scaled(tensors[0], scale), tensors[1])
+        yield base
+
+    def back(self, dz, x, tensors, scale, dx, need_x, needs):
+        self.overlay.alive.discard(self)
+        return super().back(dz, x, tensors, scale, dx, need_x, needs)
 
 
 class Exact:
