@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "isa.h"
+
 namespace fastpeft {
 
 struct Matrix {
@@ -104,10 +106,5 @@ struct LowRank {
 
 // The functions for this processor; null members where none was built for it (they need AVX2 and FMA at least).
 LowRank lowrank_cpu();
-const char* lowrank_isa();
-// Take another build from now on, for tests; false, and nothing changes, if this processor does not run it.
-bool lowrank_use(const char* isa);
-// Whether this processor multiplies bfloat16 itself: then a vendor's bfloat16 product does twice the work per instruction.
-bool bf16_products();
 
 }  // namespace fastpeft

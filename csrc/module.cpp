@@ -183,8 +183,7 @@ void dropout_cuda(uintptr_t out, int64_t out_stride0, int64_t out_stride1, uintp
 
 py::dict build_info() {
   py::dict info;
-  info["lowrank"] = fastpeft::lowrank_isa();
-  info["sparse"] = fastpeft::sparse_isa();
+  info["isa"] = fastpeft::isa_name();
   info["bf16_products"] = fastpeft::bf16_products();
   info["compiler"] = FASTPEFT_COMPILER;
   info["cpu_sources"] = FASTPEFT_CPU_SOURCES;
@@ -212,7 +211,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("lowrank_write", &lowrank_write, py::call_guard<py::gil_scoped_release>());
     m.def("small_forward", &small_forward);
     m.def("small_backward", &small_backward);
-    m.def("lowrank_use", [](const std::string& isa) { return fastpeft::lowrank_use(isa.c_str()); });
+    m.def("isa_use", [](const std::string& isa) { return fastpeft::isa_use(isa.c_str()); });
     m.def("lowrank_norm", &lowrank_norm, py::call_guard<py::gil_scoped_release>());
   }
   if (fastpeft::sparse_cpu().grad != nullptr) {
@@ -221,7 +220,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("sparse_copy", &sparse_copy, py::call_guard<py::gil_scoped_release>());
     m.def("sparse_put", &sparse_put, py::call_guard<py::gil_scoped_release>());
     m.def("sparse_restore", &sparse_restore, py::call_guard<py::gil_scoped_release>());
-    m.def("sparse_use", [](const std::string& isa) { return fastpeft::sparse_use(isa.c_str()); });
   }
   m.def("build_info", &build_info);
 }

@@ -47,6 +47,6 @@ def _extension() -> dict[str, str]:
     return {
         "extension": f"built with {info['compiler']}",
         "extension, CPU": info["cpu_sources"],
-        "low-rank products on the CPU": info["lowrank"],
+        "products on the CPU": info["isa"],
         "extension, CUDA": cuda if info["cuda_sources"] else "not built: no nvcc was found when fastpeft was installed",
     }

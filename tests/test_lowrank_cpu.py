@@ -36,10 +36,10 @@ cases = pytest.mark.parametrize(
 @pytest.fixture(autouse=True, params=["avx2", "avx512"])
 def everything_in_cpp(monkeypatch, request):
     """Each instruction set, whatever the size."""
-    own = lowrank_cpu._EXTENSION.build_info()["lowrank"]
-    if not lowrank_cpu._EXTENSION.lowrank_use(request.param):
+    own = lowrank_cpu._EXTENSION.build_info()["isa"]
+    if not lowrank_cpu._EXTENSION.isa_use(request.param):
         pytest.skip(f"this processor has no {request.param}")
-    request.addfinalizer(lambda: lowrank_cpu._EXTENSION.lowrank_use(own))
+    request.addfinalizer(lambda: lowrank_cpu._EXTENSION.isa_use(own))
     monkeypatch.setattr(lowrank_cpu, "SMALL", 0)
     torch.set_num_threads(2)
 
@@ -316,7 +316,7 @@ def test_torch_alone_when_asked(monkeypatch, counted):
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="no g++ or nm on the path")
 def test_a_file_for_one_instruction_set_shares_no_symbol(tmp_path):
     """Else the linker may keep its copy of a shared function, which other processors cannot run."""
-    isa = lowrank_cpu._EXTENSION.build_info()["lowrank"]
+    isa = lowrank_cpu._EXTENSION.build_info()["isa"]
     flags = re.search(rf'"_{isa}": "([^"]*)"', (ROOT / "setup.py").read_text()).group(1).split()
     out = tmp_path / "one.o"
     command = ["g++", "-std=c++17", "-O1", "-fno-inline", *flags, "-c", str(ROOT / f"csrc/lowrank_{isa}.cpp"), "-o", str(out)]

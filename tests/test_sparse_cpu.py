@@ -42,15 +42,15 @@ weights = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True, params=["avx2", "avx512"])
 def one_instruction_set(request):
-    own = sparse_cpu._EXTENSION.build_info()["sparse"]
-    if not sparse_cpu._EXTENSION.sparse_use(request.param):
+    own = sparse_cpu._EXTENSION.build_info()["isa"]
+    if not sparse_cpu._EXTENSION.isa_use(request.param):
         pytest.skip(f"this processor has no {request.param}")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(before)
-    sparse_cpu._EXTENSION.sparse_use(own)
+    sparse_cpu._EXTENSION.isa_use(own)
 
 
 def strided(rows, cols, dtype):
@@ -321,7 +321,7 @@ def test_a_subclass_sees_the_call():
 @pytest.mark.skipif(shutil.which("g++") is None or shutil.which("nm") is None, reason="no g++ or nm on the path")
 def test_a_file_for_one_instruction_set_shares_no_symbol(tmp_path):
     """Else the linker may keep its copy of a shared function, which other processors cannot run."""
-    isa = sparse_cpu._EXTENSION.build_info()["sparse"]
+    isa = sparse_cpu._EXTENSION.build_info()["isa"]
     flags = re.search(rf'"_{isa}": "([^"]*)"', (ROOT / "setup.py").read_text()).group(1).split()
     out = tmp_path / "one.o"
     command = ["g++", "-std=c++17", "-O1", "-fno-inline", *flags, "-c", str(ROOT / f"csrc/sparse/sparse_{isa}.cpp"), "-o", str(out)]

@@ -49,9 +49,6 @@ struct Sparse {
 
 // The functions for this processor; null members where none was built for it (they need AVX2 and FMA at least).
 Sparse sparse_cpu();
-const char* sparse_isa();
-// Take another build from now on, for tests; false, and nothing changes, if this processor does not run it.
-bool sparse_use(const char* isa);
 
 // Whether every entry lies within [rows, cols] and comes after the one before it.
 bool entries_fit(const Entries& e);

@@ -124,8 +124,8 @@ def _targets(settings: Settings) -> str | list[str]:
 
 
 def _adapter_dtype(model: nn.Module) -> str:
-    """Dtypes of the adapters' parameters: those on a path with "adapter" or PEFT's "lora_" or "hada_" in it."""
-    marks = (".adapter.", "lora_", "hada_")
+    """Dtypes of the adapters' parameters: those on a path with "adapter" or one of PEFT's prefixes in it."""
+    marks = (".adapter.", "lora_", "hada_", "lokr_", "shira_")
     own = {p.dtype for n, p in model.named_parameters() if p.requires_grad and any(m in n for m in marks)}
     return ", ".join(sorted(str(d).removeprefix("torch.") for d in own)) or "no parameter"
 
