@@ -28,6 +28,8 @@ from triton.compiler import ASTSource
 from fastpeft.ops.launch import kernels
 
 lowrank, dora = kernels("lowrank"), kernels("dora")
+sparse = kernels("sparse")
+kron, hadamard = kernels("kron"), kernels("hadamard")
 tiles = lowrank.tiles
 
 TARGETS = {
@@ -43,7 +45,9 @@ MMA = {
 }  # fmt: skip
 PTX_F64 = r"\.f64\b"
 AMD_F64 = r"\bv_\w+_f64\b"
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+NAMES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+}  # fmt: skip
 
 T, C, N_BLOCKS = 4096, 4096, 4
 
@@ -143,10 +147,91 @@ def dora_cases(
     }
 
 
-CASES = {"lowrank": lowrank_cases, "dora": dora_cases}
+def sparse_cases(
+    r: int, dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
+    """Both routes of the gradient, one entry among them so that its sum is split, and the changes of W; `factor` is of values.
+
+    r says only whether rows are aligned: no tile depends on it.
+    """
+    width = C if r % 16 == 0 else C + r
+    x, W, nnz = meta(T, width, dtype=dtype), meta(width, width, dtype=dtype), 50_000
+    index, one = meta(2, nnz, dtype=torch.int32), meta(2, 1, dtype=torch.int32)
+    values, saved = meta(nnz, dtype=factor), meta(nnz, dtype=dtype)
+    return {
+        "sddmm": lambda: sparse.sddmm(x, x, index),
+        "sddmm, one entry": lambda: sparse.sddmm(x, x, one),
+        "masked": lambda: sparse.masked(x, x, index),
+        "masked, transposed x": lambda: sparse.masked(x, meta(width, T, dtype=dtype).T, index),
+        "copy": lambda: sparse.copy(W, values, index, meta(width, width, dtype=dtype)),
+        "put": lambda: sparse.put(W, values, index),
+        "restore": lambda: sparse.restore(W, index, saved),
+    }
+
+
+def kron_cases(
+    shape: tuple[int, int, int, int], dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
+    """shape: a, b, c, d. The product, its transpose for dx, and the gradients in one pass where they fit and in two."""
+    a, b, c, d = shape
+    x, y = meta(T, c * d, dtype=dtype), meta(T, a * b, dtype=dtype)
+    C, D, bias = meta(a, c, dtype=factor), meta(b, d, dtype=factor), meta(a * b, dtype=factor)
+    return {
+        "fresh": lambda: kron.fresh(x, C, D, 2.0, None),
+        "fresh, bias": lambda: kron.fresh(x, C, D, 2.0, bias),
+        "add": lambda: kron.add(y, x, C, D, 2.0),
+        "dx": lambda: kron.fresh(y, C.T, D.T, 2.0, None),
+        "dx_add": lambda: kron.add(x, y, C.T, D.T, 2.0),
+        "dC, dD": lambda: kron.grads(y, x, C, D, 2.0, True, True),
+        "dC": lambda: kron.grads(y, x, C, D, 2.0, True, False),
+        "dD": lambda: kron.grads(y, x, C, D, 2.0, False, True),
+    }
+
+
+def hadamard_cases(
+    r: int, dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
+    """Every launcher with every combination of flags that the operators use."""
+    k, P = hadamard, tiles.hadamard_width(r)
+    x, u = meta(T, C, dtype=dtype), meta(T, r * P, dtype=dtype)
+    a, b, bias = meta(r, C, dtype=factor), meta(C, r, dtype=factor), meta(C, dtype=factor)
+    return {
+        "down": lambda: k.down(x, a, a, dtype),
+        "up": lambda: k.up(u, b, b, 2.0, None),
+        "up, bias": lambda: k.up(u, b, b, 2.0, bias),
+        "up_add": lambda: k.up_add(x, u, b, b, 2.0),
+        "du": lambda: k.du_db(x, None, b, b, 2.0, True, False, False),
+        "du_db": lambda: k.du_db(x, u, b, b, 2.0, True, True, True),
+        "db1": lambda: k.du_db(x, u, b, b, 2.0, False, True, False),
+        "dx": lambda: k.dx(u, a, a),
+        "dx_add": lambda: k.dx_add(x, u, a, a),
+        "da": lambda: k.da(x, u, a, a, True, True),
+        "da2": lambda: k.da(x, u, a, a, False, True),
+    }
+
+
+CASES: dict[str, Callable[..., dict[str, Callable[[], Any]]]] = {
+    "lowrank": lowrank_cases, "sparse": sparse_cases, "dora": dora_cases, "kron": kron_cases, "hadamard": hadamard_cases,
+}  # fmt: skip
 # one rank per rank tile, ranks whose rows are not aligned, and ranks of several rank tiles; the default is a LoRA of rank 16
 EVERY = (*tiles.RANKS, 3, 20, 256)
 DEFAULT = (16,)
+# a, b, c, d of 4096 x 4096 near the square, as LoKr has it by default, and with factor 8
+KRON_DEFAULT = ((64, 64, 64, 64), (8, 512, 8, 512))
+# every step of a, b and c with d of one tile and of several, C of several tiles, and sizes with no aligned row
+KRON_EVERY = (
+    *KRON_DEFAULT,
+    *((a, b, c, d) for a in (8, 32, 64) for b, d in ((16, 256), (64, 64), (128, 256)) for c in (8, 16)),
+    *((a, b, 64, 16) for a in (8, 64) for b in (16, 64)),
+    (512, 8, 512, 8), (5, 7, 7, 5), (37, 111, 43, 97), (1, 4099, 3, 1365), (5, 33, 11, 65), (5, 33, 67, 65),
+    (19, 33, 7, 65), (19, 33, 11, 65), (19, 33, 130, 65), (129, 33, 7, 65),
+)  # fmt: skip
+HADAMARD_DEFAULT = (4, 8)
+HADAMARD_EVERY = (1, 3, 4, 5, 8, 12, 16, 20, 32)
+# what `main` builds, default and all, where it is not DEFAULT and EVERY
+SIZES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
+    "kron": (KRON_DEFAULT, KRON_EVERY), "hadamard": (HADAMARD_DEFAULT, HADAMARD_EVERY),
+}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -154,7 +239,7 @@ def recorded() -> Iterator[list[Launch]]:
     """Launches inside the block are kept and not run."""
     seen: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for kernel in (*lowrank.KERNELS, *dora.KERNELS):
+        for kernel in (k for module in (lowrank, sparse, dora, kron, hadamard) for k in module.KERNELS):
             stack.enter_context(mock.patch.object(kernel, "run", _recorder(kernel, seen)))
         yield seen
 
@@ -207,7 +292,8 @@ def row(case: str, launch: Launch, target: str) -> Row:
     text = compiled.asm["ptx"] if cuda else compiled.asm["amdgcn"]
     registers, spills = _cuda_usage(compiled.asm["cubin"]) if cuda else _amd_usage(text)
     arguments = launch.arguments
-    sizes = [arguments[k] for k in ("BT", "BO", "BC", "BI", "BR", "BLOCK") if k in arguments]
+    names = ("BT", "BO", "BC", "BI", "BJ", "BK", "BL", "BR", "RI", "P", "BLOCK")
+    sizes = [arguments[k] for k in names if k in arguments]
     tile = (
         "x".join(map(str, sizes))
         + f", {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
@@ -238,12 +324,12 @@ def _amd_usage(text: str) -> tuple[int, int]:
 
 
 def rows(
-    family: str, ranks: Iterable[int], targets: Iterable[str] = TARGETS, **dtypes: torch.dtype
+    family: str, sizes: Iterable[Any], targets: Iterable[str] = TARGETS, **dtypes: torch.dtype
 ) -> list[Row]:
-    """Every case of `family` at every rank, once per distinct build."""
+    """Every case of `family` at every size, a rank for most, once per distinct build."""
     table, done = [], set()
-    for target, r in itertools.product(targets, ranks):
-        for case, call in CASES[family](r, **dtypes).items():
+    for target, size in itertools.product(targets, sizes):
+        for case, call in CASES[family](size, **dtypes).items():
             for launch in launches(call, target):
                 key = (target, source(launch).hash(), *launch.options.values())
                 if key not in done:
@@ -284,7 +370,9 @@ def main() -> None:
     print(f"Triton {triton.__version__}\n")
     families = [args.family] if args.family else list(CASES)
     table = [
-        r for f in families for r in rows(f, EVERY if args.all else DEFAULT, args.target or TARGETS, **dtypes)
+        r
+        for f in families
+        for r in rows(f, SIZES.get(f, (DEFAULT, EVERY))[args.all], args.target or TARGETS, **dtypes)
     ]
     print(markdown(table))
     print(f"\n{len(table)} builds, {sum(bool(r.faults()) for r in table)} with a fault")

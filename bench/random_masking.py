@@ -25,7 +25,7 @@ from fastpeft.method.random_masking import learning_rate
 
 DENSITIES = (1e-2, 1e-3, 1e-4, 1e-5)
 # times the rule of the method
-FACTORS = (0.1, 1 / 3, 1.0, 3.0, 10.0)
+FACTORS = (1.0, 3.0, 10.0, 30.0, 100.0)
 FILE = RESULTS / "random_masking.jsonl"
 
 

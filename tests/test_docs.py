@@ -26,9 +26,9 @@ PATHS = {
     "base+LoRA matmul": ("lowrank", r"def up_add\("),
     "MELoRA block-diagonal": ("lowrank", r"blocks: int"),
     "DoRA norm": ("rownorm|dora", r"def row_sq_norm\("),
-    "Kronecker": ("kron", r"def kron"),
-    "Hadamard": ("hadamard", r"def hadamard"),
-    "RoSA sparse": ("sparse", r"def sparse"),
+    "Kronecker": ("kron", r"def product\("),
+    "Hadamard": ("hadamard|khatri_rao", r"def back_dense\("),
+    "RoSA sparse": ("sparse", r"def grad_by_entry\("),
 }
 FOLDERS = {
     "Triton": ["triton_kernels"],

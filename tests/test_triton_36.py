@@ -21,7 +21,7 @@ pytestmark = pytest.mark.accept
 
 VERSION = "3.6.0"
 PACKAGES = (f"triton=={VERSION}", "numpy<2.4")
-GATES = ("test_compile_gate_lowrank.py", "test_compile_gate_dora.py")
+FAMILIES = ("lowrank", "dora", "sparse", "kron", "hadamard")
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +52,15 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("file", GATES)
-def test_the_compile_gate(file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_compile_gate(family: str, tmp_path: Path) -> None:
     """Every tile for every target, and that the gate sees what it forbids."""
-    said = run("-m", "pytest", str(TESTS / file), "-q", "-n", "0", "-o", "addopts=-p no:cacheprovider")
+    said = run("-m", "pytest", str(TESTS / f"test_compile_gate_{family}.py"), "-q", "-n", "0", "-o", "addopts=-p no:cacheprovider")
     last = said.strip().splitlines()[-1]
     assert re.fullmatch(r"\d+ passed(, \d+ warnings?)? in .*", last), last
     assert any((tmp_path / "cache").iterdir())
 
 
-@pytest.mark.parametrize("file", ["interpreted_lowrank.py", "interpreted_dora.py"])
-def test_the_interpreter(file: str) -> None:
-    assert run_interpreted(file) > 100
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_interpreter(family: str) -> None:
+    assert run_interpreted(f"interpreted_{family}.py") > 100
