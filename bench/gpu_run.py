@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-STAGES = ("build", "correctness", "sanitizer", "ceilings", "kernels", "tiles", "layers", "memory")
+STAGES = (
+    "build", "correctness", "sanitizer", "parts", "ceilings", "kernels", "tiles", "layers", "structured", "memory",
+)  # fmt: skip
 MINUTES = 7.5
 
 
