@@ -172,3 +172,19 @@ def test_gpu_rehearsal_goes_on_where_it_stopped(tmp_path):
     assert set(files) == {"build-cpu-dry.json", "ceilings-cpu-dry.json"}
     run()
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == files
+
+
+def test_plots_of_what_is_kept(tmp_path):
+    from bench import plot
+
+    for name in ("lowrank-cpu", "structured-cpu"):
+        rows = plot.read(ROOT / f"bench/results/{name}.jsonl")
+        found = plot.panels(rows)
+        titles = {"lowrank-cpu": 2, "structured-cpu": 4}
+        assert len(found) == titles[name]
+        plot.draw(found, tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    # the last of equal rows counts
+    row = {"bench": "x", "arm": "PEFT lora", "shape": [1, 2, 3], "dtype": "float32", "device": "cpu", "dropout": 0.0, "ratio": 2.0, "iqr": [1.0, 3.0]}
+    (series,) = plot.panels([row, row | {"ratio": 2.5}]).values()
+    assert series == {"PEFT lora": {"1x2x3\nfloat32": (1.0, 2.5, 3.0)}}
