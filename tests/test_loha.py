@@ -243,16 +243,16 @@ def test_keeps_x_alone(rank, materialised):
 # ---- dropout of rows and of the module
 
 
-def check_row_dropout(p=0.4, flavor="peft"):
+def check_row_dropout(p=0.4, flavor="peft", **options):
     """The layer under one seed against the formula with those rows dropped and, in PEFT's flavour, against PEFT itself."""
     torch.manual_seed(6)
-    layer, m = built(rank=2, rank_dropout=p, flavor=flavor)
+    layer, m = built(rank=2, rank_dropout=p, flavor=flavor, **options)
     x = rand(4, IN)
     torch.manual_seed(7)
     torch.rand(1)  # what decides on the whole module
     kept = (torch.rand(OUT) > p).to(DT)
     assert 0 < kept.sum() < OUT
-    share = kept.mean() if flavor == "peft" else 1.0
+    share = kept.mean() if flavor == "peft" or options else 1.0
     delta = ALPHA / 2 * (m.w1_a @ m.w1_b) * (m.w2_a @ m.w2_b)
     want = papers.linear(x, layer.weight + delta * (kept / share)[:, None], layer.bias)
     own = factors(m) | {"x": x}
@@ -270,6 +270,12 @@ def check_row_dropout(p=0.4, flavor="peft"):
 @pytest.mark.parametrize("p", [0.3, 0.4, 0.8])
 def test_rank_dropout_drops_rows_of_the_update(p, flavor):
     check_row_dropout(p, flavor)
+
+
+def test_lycoris_rescales_kept_rows_when_asked():
+    check_row_dropout(0.4, "lycoris", rank_dropout_scale=True)
+    with pytest.raises(ValueError, match="always rescales"):
+        built(rank=2, rank_dropout_scale=True)
 
 
 def test_no_row_kept_is_no_update():
@@ -480,7 +486,7 @@ def test_our_folder_loads_here(case, tmp_path):
     fastpeft.load_adapter(fresh, tmp_path)
     assert torch.equal(logits(fresh), logits(model))
     mine, loaded = (next(m for m in net.modules() if isinstance(m, loha.LoHa)) for net in (model, fresh))
-    assert (loaded.flavor, loaded.scale, loaded.drop) == (mine.flavor, mine.scale, mine.drop)
+    assert (loaded.rescales, loaded.scale, loaded.drop) == (mine.rescales, mine.scale, mine.drop)
     fastpeft.load_adapter(model, tmp_path)
 
 

@@ -5,8 +5,8 @@ A [rank^2, in] each row of w1_b times each of w2_b. Kept for backward: x alone.
 
 flavor="peft": all start Kaiming uniform (a = sqrt(5)) but w2_b, which is zero. flavor="lycoris": w1_a normal(0, 0.1), w1_b
 and w2_b normal(0, 1), w2_a zero; alpha=None is alpha = rank (LyCORIS: None or 0); rslora=True: s = alpha / sqrt(rank). In
-training rank_dropout drops rows of the update, not ranks; PEFT divides the others by the share of rows kept, LyCORIS does
-not. module_dropout drops the update of a whole forward. If no row is kept the update is zero here and NaN in PEFT.
+training rank_dropout drops rows of the update, not ranks; PEFT divides the others by the share of rows kept, LyCORIS only
+with rank_dropout_scale. module_dropout drops the update of a whole forward. If no row is kept the update is zero here and NaN in PEFT.
 Defaults are PEFT's in both flavours (LyCORIS: rank 4, alpha 1). With rslora or alpha=None the folder is fastpeft's own.
 
 Papers: arXiv 2108.06098 (FedPara, proposition 1), 2309.14859 (LyCORIS).
@@ -41,18 +41,20 @@ class LoHa(Method):
                       lacks=frozenset({"bias", "fan_in_fan_out"}))  # fmt: skip
 
     def __init__(self, site: Site, *, rank: int = 8, alpha: float | None = 8, flavor: str = "peft", rslora: bool = False,
-                 rank_dropout: float = 0.0, module_dropout: float = 0.0):  # fmt: skip
+                 rank_dropout: float = 0.0, rank_dropout_scale: bool = False, module_dropout: float = 0.0):  # fmt: skip
         super().__init__()
         check_rank("loha", rank, site)
         if flavor not in ("peft", "lycoris"):
             raise ValueError(f"loha: flavor={flavor!r}; it must be 'peft' or 'lycoris'.")
         if flavor == "peft" and (rslora or alpha is None):
             raise ValueError(f"loha: rslora={rslora}, alpha={alpha} with flavor='peft'; only flavor='lycoris' has that scale.")
+        if flavor == "peft" and rank_dropout_scale:
+            raise ValueError("loha: rank_dropout_scale=True with flavor='peft', which always rescales; leave it out.")
         if flavor == "lycoris" and alpha == 0:
             raise ValueError("loha: alpha=0 with flavor='lycoris', where LyCORIS takes the rank; say alpha=None for that.")
         self.scale = scaling(rank, rank if alpha is None else check_finite("loha", "alpha", alpha), rslora)
         self.drop = [check_probability("loha", f"{k}_dropout", p) for k, p in (("module", module_dropout), ("rank", rank_dropout))]
-        self.flavor, up, down = flavor, (site.out_features, rank), (rank, site.in_features)
+        self.rescales, up, down = flavor == "peft" or rank_dropout_scale, (site.out_features, rank), (rank, site.in_features)
         self.w1_a, self.w1_b, self.w2_a, self.w2_b = (site.empty(*shape) for shape in (up, down, up, down))
         for p in self.parameters():
             nn.init.kaiming_uniform_(p, a=math.sqrt(5)) if flavor == "peft" else nn.init.normal_(p)
@@ -65,5 +67,5 @@ class LoHa(Method):
         if self.training and any(self.drop):
             # in PEFT's order, so that one seed drops the same rows there
             on, kept = (torch.rand(n, 1, device=up.device).ge(p).to(up.dtype) for n, p in zip((1, len(up)), self.drop, strict=True))
-            up = up * on * (kept / kept.mean().clamp_min(1 / len(up)) if self.flavor == "peft" else kept)
+            up = up * on * (kept / kept.mean().clamp_min(1 / len(up)) if self.rescales else kept)
         return [LowRank(KhatriRao(self.w1_b, self.w2_b), KhatriRao(up, self.w2_a), self.scale)]
