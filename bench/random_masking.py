@@ -23,7 +23,7 @@ from fastpeft.job.models import find_model, load_model, load_tokenizer
 from fastpeft.job.settings import Settings
 from fastpeft.method.random_masking import learning_rate
 
-DENSITIES = (1e-2, 1e-3, 1e-4, 1e-5)
+DENSITIES = (1e-1, 1e-2, 1e-3, 1e-4)
 # times the rule of the method
 FACTORS = (1.0, 3.0, 10.0, 30.0, 100.0)
 FILE = RESULTS / "random_masking.jsonl"
