@@ -91,7 +91,7 @@ def crossover(rounds: int) -> Iterator[Row]:
                 x, dz = torch.randn(t, i).to(dtype), torch.randn(t, o).to(dtype)
                 own = (torch.randn(rank, i), torch.randn(rank, i), torch.randn(o, rank), torch.randn(o, rank))
                 W = torch.randn(o, i).to(dtype)
-                seconds = interleaved(_routes(x, dz, own, W), rounds=rounds)
+                seconds = interleaved(routes(x, dz, own, W), rounds=rounds)
                 on_base = dtype is torch.float32
                 yield {
                     "bench": "loha routes", "shape": [t, i, o], "dtype": name_of(dtype), "rank": rank, "rounds": rounds, "device": "cpu",
@@ -101,7 +101,7 @@ def crossover(rounds: int) -> Iterator[Row]:
                 }  # fmt: skip
 
 
-def _routes(x: Tensor, dz: Tensor, own: tuple[Tensor, ...], W: Tensor) -> dict[str, Callable[[], object]]:
+def routes(x: Tensor, dz: Tensor, own: tuple[Tensor, ...], W: Tensor) -> dict[str, Callable[[], object]]:
     """What each route adds to the frozen layer's two products, forward and backward."""
     every = (True,) * 4
 

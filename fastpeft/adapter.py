@@ -61,7 +61,7 @@ class AdaptedLinear(nn.Linear):
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"AdaptedLinear.from_linear: got {type(linear).__name__}; it takes an nn.Linear.")
         adapter = build_adapter("linear", Plain(linear.weight), recipes(method, options), options)
-        if any(m.overlays() for m in adapter.children()):
+        if any(m.overlay for m in adapter.children()):
             raise ValueError("AdaptedLinear.from_linear: overlay=True would change the weight of the linear that was given too.")
         new = cls.__new__(cls)
         nn.Module.__init__(new)
@@ -83,7 +83,7 @@ def adapted_forward(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The forward of every adapted layer; weight [out, in] is the module's own, transposed where it stores [in, out]."""
     adapter = module.adapter
     if not adapter.enabled:
-        if x.requires_grad and torch.is_grad_enabled() and any(m.overlays() for m in adapter.children()):
+        if x.requires_grad and torch.is_grad_enabled() and any(m.overlay for m in adapter.children()):
             raise RuntimeError(
                 "adapters_off: this layer has overlay=True, so its weight is another one by the time of a backward; run the "
                 "reference forward under torch.no_grad(), or adapt with apply='copy'."
@@ -142,7 +142,8 @@ def adapted_class(cls: type) -> type:
         if issubclass(cls, nn.Linear):
             _CLASSES[cls] = type(f"Adapted{cls.__name__}", (AdaptedLinear, cls), {"__module__": cls.__module__})
         else:
-            _CLASSES[cls] = type("AdaptedConv1DLinear", (cls,), {"forward": _conv1d_forward, "_save_to_state_dict": _save, "__module__": cls.__module__})
+            own = {"forward": _conv1d_forward, "_save_to_state_dict": _conv1d_save, "__module__": cls.__module__}
+            _CLASSES[cls] = type("AdaptedConv1DLinear", (cls,), own)
     return _CLASSES[cls]
 
 
@@ -150,9 +151,9 @@ def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
     return adapted_forward(self, x, self.weight.t())
 
 
-def _save(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+def _conv1d_save(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
     release(self)
-    nn.Module._save_to_state_dict(self, destination, prefix, keep_vars)
+    super(type(self), self)._save_to_state_dict(destination, prefix, keep_vars)
 
 
 def is_conv1d(module: nn.Module) -> bool:

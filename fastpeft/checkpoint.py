@@ -50,7 +50,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
-    """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA, LoHa) into `model`; returns the Report.
+    """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA, LoHa, LoKr, SHiRA) into `model`; returns the Report.
 
     A .safetensors file in a folder's place is read as LyCORIS' (fastpeft.integrations.lycoris.load_lycoris).
     A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes.

@@ -13,7 +13,8 @@ from fastpeft.ops import lowrank, small
 from fastpeft.ops.dropout import draw_seed
 from fastpeft.ops.family import resolve
 from fastpeft.ops.parts import Part
-from fastpeft.ops.seam import Down, One, OnePlan, Plan, Post, Read, Up, Whole, Write
+from fastpeft.ops.seam import Down, One, OnePlan, Post, Up, Whole
+from fastpeft.ops.steps import Plan, Read, Write
 from fastpeft.parts import part_of
 from fastpeft.terms import Bias, Gain, KhatriRao, LowRank, Term, validate
 

@@ -66,11 +66,9 @@ def _dense(delta: Tensor, on_base: bool) -> Any:
 
 def _khatri_rao(term: LowRank, base: Any, on_base: bool, triton: bool) -> Any:
     rank = term.A.a.shape[0]  # type: ignore[union-attr]
-    # the kernels compose up to 32 * 32 ranks on chip
-    if khatri_rao.materialises(base.out_features, base.in_features, rank, on_base) or (triton and rank > 32):
-        return khatri_rao.OnBase if on_base else khatri_rao.Own
+    family: Any = khatri_rao
     if triton:
-        from fastpeft.ops import khatri_rao_triton
-
-        return khatri_rao_triton
-    return khatri_rao
+        from fastpeft.ops import khatri_rao_triton as family
+    if khatri_rao.materialises(base.out_features, base.in_features, rank, on_base) or rank > family.RANKS:
+        return khatri_rao.OnBase if on_base else khatri_rao.Own
+    return family

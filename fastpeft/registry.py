@@ -80,12 +80,14 @@ class Method(nn.Module):
     SITE says what it sits on: "linear", or "ffn": beside a whole feed-forward block, whose output becomes
     FFN(x) + sum of terms(x) + residual() * x. Only Kron and Bias terms are known there.
     PROCEDURE names the class in fastpeft.train without which the method does not train as its paper says.
+    overlay: the fastpeft.overlay.Overlay of a method that keeps W changed between forwards.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {}
     PEFT: ClassVar[PeftFormat | None] = None
     SITE: ClassVar[str] = "linear"
     PROCEDURE: ClassVar[str] = ""
+    overlay: Any = None
 
     def terms(self, base: Any) -> list[Term]:
         """The terms of one forward; composed from parameters with ordinary PyTorch, so no gradient is written here."""
@@ -109,11 +111,9 @@ class Method(nn.Module):
         return None
 
     def release(self, weight: torch.Tensor) -> None:
-        """Put the base weight [out, in] back as it was, where the method holds it changed between forwards (an overlay)."""
-
-    def overlays(self) -> list[Any]:
-        """The fastpeft.overlay.Overlay objects through which it does."""
-        return []
+        """Put the base weight [out, in] back as it was, where an overlay changed it at the entries of `index`."""
+        if self.overlay is not None:
+            self.overlay.release(weight, self.index)
 
     def refill(self) -> None:
         """Write the buffers that are not saved (masks, indices) in place."""

@@ -173,7 +173,7 @@ def _adapt(
         }
         adapters[name] = build_adapter(name, Plain(weight_of(module).detach()), on_linear, own)
     for other, partner in shared_weights(model, adapters).items():
-        if any(m.overlays() for m in adapters[other].children()):
+        if any(m.overlay for m in adapters[other].children()):
             raise ValueError(
                 f"adapt: overlay=True at {other!r}, whose weight {partner!r} shares and would read changed; use apply='copy'."
             )
@@ -430,7 +430,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     adapters = [model.get_submodule(name).adapter for name in record.sites]
     for name in record.classes:
         module: Any = model.get_submodule(name)
-        if any(o.alive for m in module.adapter.children() for o in m.overlays()):
+        if any(m.overlay and m.overlay.alive for m in module.adapter.children()):
             raise RuntimeError(
                 f"adapters_off: {name!r} has overlay=True and a forward whose backward has not run; its weight cannot be put back "
                 "now. Run that backward first (or drop its output), or adapt with apply='copy'."

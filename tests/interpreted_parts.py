@@ -8,7 +8,7 @@ from tolerance import assert_as_good
 
 from fastpeft.linear import adapted_linear
 from fastpeft.ops import khatri_rao, khatri_rao_triton, kron, kron_triton
-from fastpeft.ops.launch import interpreting
+from fastpeft.ops.launch import interpreting, kernels
 from fastpeft.terms import Gain, KhatriRao, Kron, LowRank
 from fastpeft.terms import kron as kron_product
 
@@ -18,6 +18,10 @@ T, OUT, IN = 33, 35, 40
 
 def test_the_interpreter_runs():
     assert interpreting()
+
+
+def test_the_rank_limit_is_the_kernels():
+    assert khatri_rao_triton.RANKS == kernels("hadamard").tiles.HADAMARD_RANK
 
 
 def terms(kind, leaves):

@@ -17,7 +17,7 @@ from test_seam import CASES, GAIN, LOW_RANK, SEED, problem
 from tolerance import assert_as_good
 
 import fastpeft
-from fastpeft.ops import launch, lowrank_triton, seam
+from fastpeft.ops import launch, lowrank_triton, steps
 from fastpeft.terms import Bias, Gain, LowRank
 
 F32, F16 = torch.float32, torch.float16
@@ -30,7 +30,7 @@ def poisoned(monkeypatch):
     assert launch.interpreting()
     monkeypatch.setattr(kernels.memory, "empty", lambda *a: filled(float("nan"), *a))
     monkeypatch.setattr(kernels, "processors", lambda device: 132)
-    monkeypatch.setattr(seam, "ONE_PASS", 0)  # as for large layers: the adapter first
+    monkeypatch.setattr(steps, "ONE_PASS", 0)  # as for large layers: the adapter first
 
 
 @pytest.fixture

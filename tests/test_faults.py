@@ -9,7 +9,7 @@ import torch
 import fastpeft.base
 from fastpeft.method.dylora import DyLoRA
 from fastpeft.ops import gain as gain_ops
-from fastpeft.ops import lowrank, rownorm, seam, slabs
+from fastpeft.ops import lowrank, rownorm, slabs, steps
 
 
 def db_sign_flipped(monkeypatch):
@@ -24,7 +24,7 @@ def scale_missing(monkeypatch):
 
 def scale_missing_where_the_base_comes_last(monkeypatch):
     real = lowrank.up
-    monkeypatch.setattr(seam, "ONE_PASS", 0)
+    monkeypatch.setattr(steps, "ONE_PASS", 0)
     monkeypatch.setattr(lowrank, "up", lambda v, B, scale, blocks, bias: real(v, B, 1.0, blocks, bias))
 
 

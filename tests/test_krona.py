@@ -7,7 +7,8 @@ import pytest
 import torch
 from checks import DT, MLP, perturb, rand
 from peft_layers import LEADS, moved
-from test_lokr import compare, stock
+from test_loha import compare
+from test_lokr import stock
 from test_memory import saved_bytes
 from tolerance import assert_fp64
 

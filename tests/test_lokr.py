@@ -24,7 +24,7 @@ pytest.importorskip("peft")
 import peft
 from peft.tuners.lokr.layer import factorization as peft_factorization
 from peft_layers import LEADS, moved
-from test_loha import double
+from test_loha import compare, double
 
 IN, OUT, ALPHA = 24, 20, 7.0
 NAMES = ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")
@@ -38,16 +38,6 @@ def built(size_in=IN, size_out=OUT, **options):
 
 def factors(m):
     return {name: getattr(m, name) for name in NAMES if getattr(m, name) is not None}
-
-
-def compare(y, z, ours, theirs, case=""):
-    """y and z, and their gradients in the tensors of ours and theirs, name by name."""
-    assert_fp64(y, z, f"y {case}")
-    d = torch.randn_like(y)
-    got, want = (torch.autograd.grad(out, list(own.values()), d) for out, own in ((y, ours), (z, theirs)))
-    for name, a, b in zip(ours, got, want, strict=True):
-        assert b.abs().max() > 0, f"the gradient of {name} vanishes, so this shows nothing {case}"
-        assert_fp64(a, b, f"{name} {case}")
 
 
 # ---- values and gradients

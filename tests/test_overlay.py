@@ -71,6 +71,16 @@ def test_a_state_dict_holds_the_weight_as_it_was():
     assert torch.equal(model(x), want)
 
 
+def test_so_does_the_state_dict_of_a_conv1d(gpt2):
+    before = {k: v.clone() for k, v in gpt2.state_dict().items()}
+    fastpeft.adapt(gpt2, "random_masking", density=0.1, overlay=True)
+    perturb(gpt2)
+    gpt2(torch.tensor([[1, 2, 3]]))
+    assert not torch.equal(gpt2.transformer.h[0].attn.c_attn.weight, before["transformer.h.0.attn.c_attn.weight"])
+    state = gpt2.state_dict()
+    assert all(torch.equal(state[k], v) for k, v in before.items())
+
+
 def test_copies_and_pickles_are_independent():
     model, before = adapted()
     x = rand(5, 16)

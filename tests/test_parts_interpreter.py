@@ -6,4 +6,4 @@ from interpreted import run_interpreted
 
 
 def test_layers_in_the_interpreter():
-    assert run_interpreted("interpreted_parts.py") == 9
+    assert run_interpreted("interpreted_parts.py") == 10

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import DT, MLP, perturb, rand
 from safetensors.torch import load_file
-from test_lokr import compare
+from test_loha import compare
 from tolerance import assert_fp64
 from torch import nn
 

@@ -11,7 +11,7 @@ from tolerance import assert_as_good, assert_fp64
 
 import fastpeft
 from fastpeft import adapted_linear
-from fastpeft.ops import seam
+from fastpeft.ops import steps
 from fastpeft.terms import Bias, Gain, LowRank
 
 IN, OUT, R = 8, 6, 3
@@ -100,7 +100,7 @@ CASES = [(n, g) for n in LOW_RANK for g in GAIN if not (n.startswith("post") and
 @pytest.mark.parametrize(("name", "gain"), CASES)
 def test_equals_dense_formula(name, gain, one_pass, monkeypatch):
     """Where the adapter is added to the base product, as for few numbers, and where it comes first."""
-    monkeypatch.setattr(seam, "ONE_PASS", 0 if one_pass else 1 << 60)
+    monkeypatch.setattr(steps, "ONE_PASS", 0 if one_pass else 1 << 60)
     leaves, W, b, terms, dense = problem(LOW_RANK[name], GAIN[gain])
     assert_same(leaves, adapted_linear(leaves["x"], W, b, terms, seed=SEED), dense())
 

@@ -102,12 +102,14 @@ def hadamard_width(r: int) -> int:
 def hadamard(kernel: str, width: int, itemsize: int, arch: str, need_u: bool = False) -> Tile:
     """The low-rank tile of the same name for a rank of width * width; `rank` is a multiple of width."""
     rank = min(64, width * width)
+    # before Hopper composing a factor leaves few registers: narrow tiles, or Triton 3.6 spills a few bytes
+    ampere = not _large(arch) and arch != "hip"
     if kernel == "outer":
         tile = outer(rank, itemsize, arch, need_u, False)
-        if need_u and not _large(arch) and arch != "hip":
-            tile = tile._replace(cols=min(64, tile.cols))
+        tile = tile._replace(cols=min(64, tile.cols)) if ampere else tile
     else:
         tile = (shrink if kernel == "shrink" else expand)(rank, itemsize, arch)
+        tile = tile._replace(warps=4) if ampere and kernel == "shrink" else tile
     return tile._replace(rank=max(tile.rank, width))
 
 
@@ -156,6 +158,10 @@ def kron_grads(a: int, b: int, c: int, aligned: bool, itemsize: int, arch: str) 
         depth, warps = (32, 4) if inner < 64 and int(arch[3:]) >= 100 else (64, 8)
     group = max(1, 16 // inner)
     outer = _step(a, 16 // group, 64)
+    if group > 1:
+        # Triton 3.6 spills a few bytes at depth 64 before Hopper, and at four warps after it
+        depth = depth if _large(arch) else 32
+        warps = warps if aligned or outer < 64 else 8
     width = _step(b, 16, 64) if aligned else 32
     whole = (4096 if aligned else 2048) // _share(arch)
     if inner == width == 64 and arch != "hip" and (outer == 64 or arch == "sm_90"):

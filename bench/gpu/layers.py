@@ -92,11 +92,15 @@ def every_arm(run: Run, shape: tuple[int, int, int], variants: list[Variant]) ->
 
 
 def compare(run: Run, shape: tuple[int, int, int], variants: list[Variant]) -> list[Row]:
-    """A row per arm; what is wrong or fails is not timed."""
-    size = Shape(*shape, dtype=layer_dtype(run), device=run.device)
+    return measured(run, Shape(*shape, dtype=layer_dtype(run), device=run.device), every_arm(run, shape, variants))
+
+
+def measured(
+    run: Run, size: Shape, found: dict[str, Arm], check: Callable[..., tuple[float, list[str]]] = check
+) -> list[Row]:
+    """A row per arm; what is wrong by `check`, or fails, is not timed."""
     first = inputs(size)
-    found = every_arm(run, shape, variants)
-    rows = {name: _checked(arm, first) for name, arm in found.items()}
+    rows = {name: _checked(arm, first, check) for name, arm in found.items()}
     timed = {name: found[name] for name, row in rows.items() if row.get("right")}
     sets = [first, *copies(lambda: inputs(size), nbytes(*first), run)[1:]]
     for measure, make in (("forward", forward), ("step", step)):
@@ -110,7 +114,9 @@ def compare(run: Run, shape: tuple[int, int, int], variants: list[Variant]) -> l
     return list(rows.values())
 
 
-def _checked(arm: Arm, first: tuple[torch.Tensor, torch.Tensor]) -> Row:
+def _checked(
+    arm: Arm, first: tuple[torch.Tensor, torch.Tensor], check: Callable[..., tuple[float, list[str]]]
+) -> Row:
     row: Row = {"arm": arm.name, "adapter_dtype": arm.adapter_dtype}
     try:
         error, wrong = check(arm, *first)

@@ -7,22 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from bench.arms import FROZEN, Arm, Variant, lowrank_variant, share_weight
-from bench.gpu.common import (
-    DRY_SHAPE,
-    SHAPES,
-    Row,
-    Run,
-    copies,
-    nbytes,
-    ratios,
-    spoiled,
-    summary,
-    times,
-    wall_times,
-)
-from bench.gpu.layers import IMPLS, WALL_ROUNDS, every_arm, forward, layer_dtype, step
+from bench.gpu.common import DRY_SHAPE, SHAPES, Row, Run
+from bench.gpu.layers import IMPLS, every_arm, layer_dtype, measured
 from bench.gpu.part_layers import check, layer_arm, shira_arms
-from bench.harness import inputs
 from fastpeft.job.layerbench import Shape
 
 DENSITIES = (0.001, 0.01)
@@ -68,30 +55,5 @@ def arms(run: Run, title: str, shape: tuple[int, int, int]) -> dict[str, Arm]:
 
 
 def compare(run: Run, title: str, shape: tuple[int, int, int]) -> list[Row]:
-    """A row per arm; what is wrong or fails is not timed."""
     size = Shape(*shape, dtype=layer_dtype(run), device=run.device)
-    first, found = inputs(size), arms(run, title, shape)
-    rows = {name: _checked(arm, first) for name, arm in found.items()}
-    timed = {name: found[name] for name, row in rows.items() if row.get("right")}
-    sets = [first, *copies(lambda: inputs(size), nbytes(*first), run)[1:]]
-    for measure, make in (("forward", forward), ("step", step)):
-        calls = {name: [make(arm, x, dy) for x, dy in sets] for name, arm in timed.items()}
-        device = times(calls, run)
-        wall = wall_times(calls, run, rounds=3 if run.dry else WALL_ROUNDS)
-        for name in calls:
-            for clock, seconds in (("device", device), ("wall", wall)):
-                rows[name][f"{measure}, {clock}"] = summary(seconds[name]) | ratios(
-                    seconds[name], seconds[FROZEN]
-                )
-    return list(rows.values())
-
-
-def _checked(arm: Arm, first: tuple[Any, Any]) -> Row:
-    row: Row = {"arm": arm.name, "adapter_dtype": arm.adapter_dtype}
-    try:
-        error, wrong = check(arm, *first)
-    except Exception as fault:
-        if spoiled(str(fault)):
-            raise
-        return row | {"failed": f"{type(fault).__name__}: {str(fault)[:300]}"}
-    return row | {"error": error, "right": not wrong, "wrong": ", ".join(wrong)}
+    return measured(run, size, arms(run, title, shape), check)

@@ -11,7 +11,7 @@ from bench.gpu import part_sparse as entries
 from bench.gpu.common import SHAPES, Row, Run, copies, nbytes, ratios, shown, spoiled, summary, times
 from bench.gpu.part_operators import Case
 from bench.machine import name_of
-from bench.structured import _routes
+from bench.structured import routes
 from fastpeft.ops import khatri_rao, khatri_rao_triton, sparse, sparse_triton
 
 DENSITIES = (0.0005, 0.001, 0.003, 0.01, 0.02)
@@ -82,7 +82,7 @@ def loha_routes(run: Run, rank: int, dtype: torch.dtype) -> list[Row]:
             khatri_rao_triton.fresh(x, own, 1.0, None)
             khatri_rao_triton.back(dz, x, own, 1.0, None, True, (True,) * 4)
 
-        torch_routes = _routes(x, dz, own, W)
+        torch_routes = routes(x, dz, own, W)
         return {LOW_TRITON: triton, "low-rank, torch": torch_routes["low-rank"], DENSE: torch_routes["dense"]}
 
     sets = copies(made, t * (i + o) * dtype.itemsize, run)

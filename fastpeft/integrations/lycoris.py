@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.adapter import is_conv1d
 from fastpeft.checkpoint import CheckpointError, _check, _open, _some
 from fastpeft.method.lokr import factorization
 from fastpeft.report import Report
 from fastpeft.swap import adapt, unload
+from fastpeft.targets import is_linear_layer
 
 _STEMS = {"loha": "hada_", "lokr": "lokr_"}
 # what one layer holds: LoHa's four, or LoKr's two halves, each whole or low-rank
@@ -164,7 +164,7 @@ def _modules(model: nn.Module, heads: list[str], prefix: str, path: Path) -> dic
         raise CheckpointError(
             f"load_lycoris: {path} holds layers that {type(model).__name__} lacks: {_some(absent)}."
         )
-    linear = {head: [n for n in known[head] if _linear(model.get_submodule(n))] for head in heads}
+    linear = {head: [n for n in known[head] if is_linear_layer(model.get_submodule(n))] for head in heads}
     for head, names in linear.items():
         if not names:
             kinds = ", ".join(f"{n} ({type(model.get_submodule(n)).__name__})" for n in known[head])
@@ -177,10 +177,6 @@ def _modules(model: nn.Module, heads: list[str], prefix: str, path: Path) -> dic
                 "rename one of the modules, or the layer in the file by another prefix."
             )
     return {head: names[0] for head, names in linear.items()}
-
-
-def _linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _per_layer(key: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,12 +96,5 @@ class RandomMasking(Method):
     def restored(self) -> None:
         self.checksum = int(self.index.long().sum())
 
-    def overlays(self) -> list[Any]:
-        return [] if self.overlay is None else [self.overlay]
-
-    def release(self, weight: torch.Tensor) -> None:
-        for overlay in self.overlays():
-            overlay.release(weight, self.index)
-
     def terms(self, base: Any) -> list[Term]:
         return [Sparse(self.values, self.index, self.apply_as, self.overlay)]

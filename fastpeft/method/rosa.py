@@ -71,13 +71,6 @@ class RoSA(Method):
         low: list[Term] = [] if self.A is None else [LowRank(self.A, self.B, self.scale, dropout=p)]
         return low if self.values is None else [*low, Sparse(self.values, self.index, self.apply_as, self.overlay)]
 
-    def overlays(self) -> list[Any]:
-        return [] if self.overlay is None else [self.overlay]
-
-    def release(self, weight: Tensor) -> None:
-        for overlay in self.overlays():
-            overlay.release(weight, self.index)
-
     def collect(self, take: Callable[[Tensor], None] | None) -> None:
         """From the next training forward on, backward gives W's gradient [out, in] to `take`, which may keep it; None ends that."""
         self.leaf = None

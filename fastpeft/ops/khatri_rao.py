@@ -9,6 +9,7 @@ nothing of rank r*r is kept: u is computed again in backward, and the gradients 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from fastpeft.ops import dense, lowrank
 
 ON_BASE = False
+# any rank
+RANKS = math.inf
 
 
 def fresh(x: Tensor, tensors: Sequence[Tensor], scale: float, bias: Tensor | None) -> Tensor:

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.launch import check, kernels
+from fastpeft.ops.library import register
 
 ON_BASE = False
+# the largest rank that the kernels take
+RANKS = 32
 
 
 def fresh(x: Tensor, tensors: Sequence[Tensor], scale: float, bias: Tensor | None) -> Tensor:
@@ -105,7 +108,6 @@ def _fake_gradients(dz, tensors, needs):
 _FACTORS = "Tensor a1, Tensor a2, Tensor b1, Tensor b2, float scale"
 _NEEDS = "bool need_a1, bool need_a2, bool need_b1, bool need_b2"
 _GRADS = "Tensor da1, Tensor da2, Tensor db1, Tensor db2"
-_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
 _OPERATORS = (
     (
         f"triton_hadamard_fresh(Tensor x, {_FACTORS}, Tensor? bias) -> Tensor",
@@ -128,12 +130,7 @@ _OPERATORS = (
         _fake_back_add,
     ),
 )
-for _schema, _run, _fake in _OPERATORS:
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _run, "CPU")
-    _LIBRARY.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"fastpeft::{_name}", _fake, lib=_LIBRARY)
+register(_OPERATORS, "CPU", "CUDA")
 
 _FRESH = torch.ops.fastpeft.triton_hadamard_fresh.default
 _ADD = torch.ops.fastpeft.triton_hadamard_add.default

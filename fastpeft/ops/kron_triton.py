@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.launch import check, kernels
+from fastpeft.ops.library import register
 
 ON_BASE = False
 
@@ -75,7 +76,6 @@ def _fake_grads(dz, x, C, D, scale, need_c, need_d):
     return tuple(f.new_empty(f.shape) if n else dz.new_empty(0) for f, n in ((C, need_c), (D, need_d)))
 
 
-_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
 _OPERATORS = (
     (
         "triton_kron_fresh(Tensor x, Tensor C, Tensor D, float scale, Tensor? bias) -> Tensor",
@@ -94,12 +94,7 @@ _OPERATORS = (
         _fake_grads,
     ),
 )
-for _schema, _run, _fake in _OPERATORS:
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _run, "CPU")
-    _LIBRARY.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"fastpeft::{_name}", _fake, lib=_LIBRARY)
+register(_OPERATORS, "CPU", "CUDA")
 
 _FRESH = torch.ops.fastpeft.triton_kron_fresh.default
 _ADD = torch.ops.fastpeft.triton_kron_add.default

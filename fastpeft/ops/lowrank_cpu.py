@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from fastpeft.ops.dropout import _EXTENSION, _threshold, backend
+from fastpeft.ops.library import register
 
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _BUILT = hasattr(_EXTENSION, "lowrank_read")
@@ -231,7 +232,6 @@ def _run_inverse(W, A, B, scale):
     return inverse, rest
 
 
-_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
 _OPERATORS = (
     (
         "cpu_lowrank_read(Tensor x, Tensor factor, ScalarType dtype, bool up, float scale, Tensor? gain, bool need_u, Tensor? w,"
@@ -270,11 +270,7 @@ _OPERATORS = (
         lambda W, A, *a: (A.new_empty(W.shape[0]), A.new_empty(W.shape[0])),
     ),
 )
-for _schema, _function, _fake in _OPERATORS:
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"fastpeft::{_name}", _fake, lib=_LIBRARY)
+register(_OPERATORS, "CPU")
 
 # looked up once: resolving torch.ops.fastpeft.<name> costs microseconds a call
 _READ = torch.ops.fastpeft.cpu_lowrank_read.default

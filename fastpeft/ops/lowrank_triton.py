@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.launch import check, check_dtype, kernels
+from fastpeft.ops.library import register
 
 # du_db_gain stores dz = gain * dy, which a vendor's GEMM then reads (fastpeft.ops.seam)
 LATE = False
@@ -168,7 +169,6 @@ def _fake_da(x, du, A, seed, p, blocks):
     return A.new_empty(A.shape)
 
 
-_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
 _OPERATORS = (
     (
         "lowrank_down(Tensor x, Tensor A, ScalarType dtype, Tensor? seed, float p, int blocks) -> Tensor",
@@ -218,12 +218,7 @@ _OPERATORS = (
         _fake_da,
     ),
 )
-for _schema, _run, _fake in _OPERATORS:
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _run, "CPU")
-    _LIBRARY.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"fastpeft::{_name}", _fake, lib=_LIBRARY)
+register(_OPERATORS, "CPU", "CUDA")
 
 # looked up once: resolving torch.ops.fastpeft.<name> costs microseconds a call
 _DOWN = torch.ops.fastpeft.lowrank_down.default

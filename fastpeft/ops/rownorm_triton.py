@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.launch import check, kernels
+from fastpeft.ops.library import register
 
 
 def row_sq_norm_forward(W: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
@@ -27,10 +28,6 @@ def _fake(W: Tensor, A: Tensor | None, B: Tensor | None) -> Tensor:
     return W.new_empty((W.shape[0],), dtype=torch.float32)
 
 
-_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
-_LIBRARY.define("row_sq_norm_forward(Tensor W, Tensor? A, Tensor? B) -> Tensor")
-_LIBRARY.impl("row_sq_norm_forward", _run, "CPU")
-_LIBRARY.impl("row_sq_norm_forward", _run, "CUDA")
-torch.library.register_fake("fastpeft::row_sq_norm_forward", _fake, lib=_LIBRARY)
+register([("row_sq_norm_forward(Tensor W, Tensor? A, Tensor? B) -> Tensor", _run, _fake)], "CPU", "CUDA")
 
 _FORWARD = torch.ops.fastpeft.row_sq_norm_forward.default

@@ -21,7 +21,7 @@ from fastpeft.ops import sparse_cpu as cpu
 # up to this share of entries the sampled product in C++ costs less than the dense one in chunks (measured on a CPU)
 SAMPLED = 0.3
 # at a lower share of entries than 1 in this many, gathering columns costs less than the dense product (measured on the CPU)
-GATHERED = 2000
+GATHERED = 1000
 # numbers that a chunk of entries or of the dense gradient may hold: 16 MiB in fp32
 CHUNK = 1 << 22
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.dropout import _EXTENSION, backend
+from fastpeft.ops.library import register
 from fastpeft.ops.lowrank_cpu import DTYPES, OWN
 
 _BUILT = hasattr(_EXTENSION, "sparse_grad")
@@ -190,7 +191,6 @@ def _nothing(*args: Tensor) -> None:
     return None
 
 
-_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
 _OPERATORS = (
     (
         "cpu_sparse_grad(Tensor dz, Tensor x, Tensor index) -> Tensor",
@@ -207,11 +207,7 @@ _OPERATORS = (
     ("cpu_sparse_add(Tensor(a!) y, Tensor x, Tensor values, Tensor index) -> ()", _run_add, _nothing),
     ("cpu_sparse_add_t(Tensor(a!) dx, Tensor dz, Tensor values, Tensor index) -> ()", _run_add_t, _nothing),
 )
-for _schema, _function, _fake in _OPERATORS:
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _function, "CPU")
-    torch.library.register_fake(f"fastpeft::{_name}", _fake, lib=_LIBRARY)
+register(_OPERATORS, "CPU")
 
 # looked up once: resolving torch.ops.fastpeft.<name> costs microseconds a call
 _GRAD = torch.ops.fastpeft.cpu_sparse_grad.default

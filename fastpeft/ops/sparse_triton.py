@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops.launch import check, check_dtype, kernels
+from fastpeft.ops.library import register
 
 ROUTES = ("sddmm", "tile")
 # Share of listed entries from which the whole product by tiles is quicker than one dot product an entry. The estimate of a
@@ -111,7 +112,6 @@ def _fake_nothing(*args: Tensor) -> None:
     return None
 
 
-_LIBRARY = torch.library.Library("fastpeft", "FRAGMENT")
 _OPERATORS = (
     ("triton_sparse_grad(Tensor dz, Tensor x, Tensor index, str route) -> Tensor", _run_grad, _fake_grad),
     (
@@ -126,12 +126,7 @@ _OPERATORS = (
         _fake_nothing,
     ),
 )
-for _schema, _run, _fake in _OPERATORS:
-    _name = _schema.partition("(")[0]
-    _LIBRARY.define(_schema)
-    _LIBRARY.impl(_name, _run, "CPU")
-    _LIBRARY.impl(_name, _run, "CUDA")
-    torch.library.register_fake(f"fastpeft::{_name}", _fake, lib=_LIBRARY)
+register(_OPERATORS, "CPU", "CUDA")
 
 # looked up once: resolving torch.ops.fastpeft.<name> costs microseconds a call
 _GRAD = torch.ops.fastpeft.triton_sparse_grad.default
