@@ -106,7 +106,10 @@ def _sum(
     onto it."""
     own = [share for share in shares if not share[0].ops.ON_BASE]
     y: Tensor | None = None
-    base_first = not (vs or own) or x2.shape[0] * plan.base.out_features < ONE_PASS
+    # (Dynamo cannot take `not` of a tuple)
+    base_first = len(vs) + len(own) == 0
+    if x2.shape[0] * plan.base.out_features < ONE_PASS:
+        base_first = True
     if base_first:
         with changed(plan.base, shares) as base:
             y = base.forward(x2, bias)
