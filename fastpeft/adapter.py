@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,18 +15,36 @@ from fastpeft.linear import check_input, run_terms
 from fastpeft.registry import Method, Recipe, Site, check_options, get_recipe
 from fastpeft.terms import Term
 
+FREED = (
+    "the base weight was replaced and let go (keep_base=False), so the layer cannot compute as before adapt; adapt with "
+    "keep_base=True."
+)
+
 
 class Adapter(nn.Module):
-    """The methods of one site, by recipe name: their parameters are `<path>.adapter.<recipe>.<parameter>`."""
+    """The methods of one site, by recipe name: their parameters are `<path>.adapter.<recipe>.<parameter>`.
 
-    def __init__(self, methods: Mapping[str, Method]):
+    base: a module that stands for the layer's weight where a start or `quantize` replaced it; `base.view()` is what ops see.
+    """
+
+    def __init__(self, methods: Mapping[str, Method], base: nn.Module | None = None):
         super().__init__()
         for name, m in methods.items():
             self.add_module(name, m)
+        if base is not None:
+            self.base = base
         self.enabled = True
 
+    def methods(self) -> dict[str, Method]:
+        """The methods by recipe name."""
+        return {name: m for name, m in self._modules.items() if name != "base"}  # type: ignore[misc]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.methods())
+
     def terms(self, base: Any) -> list[Term]:
-        return [term for m in self._modules.values() for term in m.terms(base)]
+        return [term for name, m in self._modules.items() if name != "base" for term in m.terms(base)]  # type: ignore[union-attr,operator]
 
 
 class AdaptedLinear(nn.Linear):
@@ -53,22 +72,23 @@ class AdaptedLinear(nn.Linear):
     ):
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.requires_grad_(False)
-        self.adapter = build_adapter("linear", Plain(self.weight), recipes(method, options), options)
+        _give(self, Plain(self.weight), method, options)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, method: str | list[str] = "lora", **options: Any) -> AdaptedLinear:
         """A new module that shares `linear`'s weight and bias parameters (which are frozen) and adds an adapter."""
         if not isinstance(linear, nn.Linear):
             raise TypeError(f"AdaptedLinear.from_linear: got {type(linear).__name__}; it takes an nn.Linear.")
-        adapter = build_adapter("linear", Plain(linear.weight), recipes(method, options), options)
-        if any(m.overlay for m in adapter.children()):
-            raise ValueError("AdaptedLinear.from_linear: overlay=True would change the weight of the linear that was given too.")
         new = cls.__new__(cls)
         nn.Module.__init__(new)
+        _give(new, Plain(linear.weight), method, options)
+        if any(m.overlay for m in new.adapter.methods().values()):
+            raise ValueError("AdaptedLinear.from_linear: overlay=True would change the weight of the linear that was given too.")
         new.in_features, new.out_features = linear.in_features, linear.out_features
         new.weight, new.bias = linear.weight, linear.bias
-        new.requires_grad_(False)
-        new.adapter = adapter
+        for parameter in (new.weight, new.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
         return new.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -79,25 +99,44 @@ class AdaptedLinear(nn.Linear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
-def adapted_forward(module: Any, x: Tensor, weight: Tensor) -> Tensor:
+def _give(layer: nn.Module, base: Plain, method: str | list[str], options: Mapping[str, Any]) -> None:
+    """Build the adapter of a layer that stands alone; what its methods would share with others is its own."""
+    found = recipes(method, options)
+    holders, by_site = shared_holders(found, {"linear": (base, options)})
+    layer.adapter = build_adapter("linear", base, Build(found), options, by_site["linear"])
+    if holders:
+        layer.adapter_shared = holders
+
+
+def adapted_forward(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
     """The forward of every adapted layer; weight [out, in] is the module's own, transposed where it stores [in, out]."""
     adapter = module.adapter
     if not adapter.enabled:
-        if x.requires_grad and torch.is_grad_enabled() and any(m.overlay for m in adapter.children()):
+        if weight is None:
+            raise RuntimeError(f"adapters_off: {FREED}")
+        if x.requires_grad and torch.is_grad_enabled() and any(m.overlay for m in adapter.methods().values()):
             raise RuntimeError(
                 "adapters_off: this layer has overlay=True, so its weight is another one by the time of a backward; run the "
                 "reference forward under torch.no_grad(), or adapt with apply='copy'."
             )
         return F.linear(x, weight, module.bias)
-    base = Plain(weight)
+    stored = adapter._modules.get("base")
+    base = Plain(weight) if stored is None else stored.view()
     check_input(x, base)
     return run_terms(x, base, module.bias, adapter.terms(base))
 
 
+def base_of(module: Any) -> Any:
+    """What the terms of an adapted layer are added to: the view of its own weight, or of what replaced it."""
+    stored = module.adapter._modules.get("base")
+    return Plain(weight_of(module)) if stored is None else stored.view()
+
+
 def release(module: Any) -> None:
     """Put the weight of an adapted layer back as it was, where a method holds it changed between forwards."""
-    for method in module.adapter.children():
-        method.release(weight_of(module).detach())
+    if not freed(module):
+        for method in module.adapter.methods().values():
+            method.release(weight_of(module).detach())
 
 
 def recipes(method: str | list[str], options: Mapping[str, Any]) -> list[Recipe]:
@@ -110,24 +149,81 @@ def recipes(method: str | list[str], options: Mapping[str, Any]) -> list[Recipe]
     return found
 
 
-def build_adapter(name: str, base: Any, found: list[Recipe], options: Mapping[str, Any]) -> Adapter:
-    """The adapter of one linear layer; ValueError for two methods with a gain, or one that does not sit on a linear."""
-    for r in found:
+@dataclass(frozen=True)
+class Build:
+    """How the adapters of a model are built. quantize: a kind of fastpeft.quantised.KINDS that replaces each base, or None.
+
+    blank: a checkpoint's values follow, so starts need not look at the weights.
+    """
+
+    recipes: list[Recipe]
+    quantize: str | None = None
+    blank: bool = False
+
+
+def build_adapter(
+    name: str, base: Any, build: Build, options: Mapping[str, Any], holders: Mapping[str, nn.Module] | None = None
+) -> Adapter:
+    """The adapter of one linear layer; holders: of the recipes that share parameters between sites.
+
+    ValueError for two methods with a gain, two that replace the base, or one that does not sit on a linear.
+    """
+    for r in build.recipes:
         if r.site != "linear":
             raise ValueError(
                 f"adapt: {r.name} sits beside a whole {r.site} and not on a linear layer ({name!r}); call fastpeft.adapt on a "
                 f"model that holds the {r.site}."
             )
-    built = build_methods(name, base, found, options)
+    stored = None
+    if build.quantize is not None:
+        from fastpeft.quantised import store
+
+        stored = store(name, base, build.quantize, build.blank)
+    seen = base if stored is None else stored.view()
+    built = build_methods(name, seen, build.recipes, options, holders)
     if sum("gain" in m.ROLES.values() for m in built.values()) > 1:
         raise ValueError(f"adapt: {list(built)} both scale the output; two gains at one layer do not compose. Choose one.")
-    return Adapter(built)
+    blank = build.blank or base.device.type == "meta"
+    for kind, m in built.items():
+        replaced = m.start(lambda: base.dense(torch.promote_types(base.dtype, torch.float32)), blank)
+        if replaced is not None and stored is not None:
+            other = f"quantize={build.quantize!r}" if build.quantize else "another method of the list"
+            raise ValueError(f"adapt: {kind} replaces the base weight of {name!r}, and so does {other}; leave one of them out.")
+        stored = replaced if stored is None else stored
+    return Adapter(built, stored)
 
 
-def build_methods(name: str, base: Any, found: list[Recipe], options: Mapping[str, Any]) -> dict[str, Method]:
-    """The methods of one site. Parameters are fp32 on a 16-bit base (optimiser steps vanish in bf16), else the base's dtype."""
-    site = Site(name, base, torch.promote_types(base.dtype, torch.float32))
-    return {r.name: r.build(site, {k: v for k, v in options.items() if k in r.options}) for r in found}
+def build_methods(
+    name: str, base: Any, found: list[Recipe], options: Mapping[str, Any], holders: Mapping[str, nn.Module] | None = None
+) -> dict[str, Method]:
+    """The methods of one site."""
+    site, holders = site_of(name, base), holders or {}
+    return {r.name: r.build(site, own_options(r, options), holders.get(r.name)) for r in found}
+
+
+def site_of(name: str, base: Any) -> Site:
+    """Parameters are fp32 on a 16-bit base (optimiser steps vanish in bf16), else the base's dtype."""
+    return Site(name, base, torch.promote_types(base.dtype, torch.float32))
+
+
+def own_options(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `options` that are the recipe's."""
+    return {k: v for k, v in options.items() if k in recipe.options}
+
+
+def shared_holders(
+    found: list[Recipe], sites: Mapping[str, tuple[Any, Mapping[str, Any]]]
+) -> tuple[nn.ModuleDict, dict[str, dict[str, nn.Module]]]:
+    """(all holders by `<recipe>_<key>`, site -> recipe -> holder) for sites: name -> (base, options)."""
+    every, by_site = nn.ModuleDict(), {name: {} for name in sites}  # type: ignore[var-annotated]
+    for r in found:
+        if r.cls.SHARES:
+            own = [(site_of(n, base), r.options | own_options(r, options)) for n, (base, options) in sites.items()]
+            for key, (holder, names) in r.cls.share(own).items():
+                every[f"{r.name}_{key}"] = holder
+                for name in names:
+                    by_site[name][r.name] = holder
+    return every, by_site
 
 
 _CLASSES: dict[type, type] = {nn.Linear: AdaptedLinear}
@@ -148,7 +244,7 @@ def adapted_class(cls: type) -> type:
 
 
 def _conv1d_forward(self: Any, x: Tensor) -> Tensor:
-    return adapted_forward(self, x, self.weight.t())
+    return adapted_forward(self, x, None if self.weight is None else self.weight.t())
 
 
 def _conv1d_save(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -165,6 +261,15 @@ def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear or Conv1D as [out, in]."""
     weight: Any = module.weight
     return weight.t() if is_conv1d(module) else weight
+
+
+def free(module: Any) -> None:
+    """Let go of the weight of an adapted layer whose base was replaced: `weight` is None from here on."""
+    module.register_parameter("weight", None)
+
+
+def freed(module: Any) -> bool:
+    return module.weight is None
 
 
 def is_adapted(module: nn.Module) -> bool:

@@ -61,7 +61,7 @@ class FFNAdapter(Adapter):
 
     def _sum(self, x: Tensor, y: Tensor) -> Tensor:
         x = x.to(y.dtype)
-        for method in self.children():
+        for method in self.methods().values():
             for term in method.terms(self.width):
                 if isinstance(term, Kron):
                     y = y + product(x, term.C, term.D, term.scale)
@@ -78,7 +78,7 @@ class FFNAdapter(Adapter):
         return y
 
     def _who(self) -> str:
-        return f"{'+'.join(self._modules)}: the FFN {self.ffn_name!r}"
+        return f"{'+'.join(self.names)}: the FFN {self.ffn_name!r}"
 
 
 def attach(model: nn.Module, ffn: FFN, adapter: FFNAdapter) -> list[RemovableHandle]:

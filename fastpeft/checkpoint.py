@@ -1,8 +1,6 @@
 """save_adapter and load_adapter: adapter_config.json + adapter_model.safetensors, in PEFT's layout where PEFT has the method.
 
-A save is whole or absent: both files are written beside the old ones and synced, then the weights are renamed, then the
-config. The weights carry their config in the header, so an interruption between the two renames is seen and completed by
-load_adapter. Loading checks everything before the model keeps anything.
+How the two files come to be whole or absent stands in folder.py. Loading checks everything before the model keeps anything.
 """
 
 from __future__ import annotations
@@ -19,19 +17,18 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.adapter import is_conv1d
+from fastpeft.folder import LIBRARY, CheckpointError, read_folder, write_folder
+from fastpeft.leave import unload
+from fastpeft.record import RECORD, SHARED, Adaptation, adaptation
 from fastpeft.registry import Method, PeftFormat, get_recipe
 from fastpeft.report import Report
-from fastpeft.swap import Adaptation, adapt, adaptation, unload
+from fastpeft.swap import build_and_attach
 from fastpeft.targets import checked_targets, matches, output_head
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_SETTINGS: dict[str, Any] = dict.fromkeys(
+    ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
+)
 _PREFIX = "base_model.model."
-_LIBRARY = "fastpeft"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not belong to the model. The model is as it was."""
-
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters, trained modules and trained biases of an adapted model into `folder` (made if absent).
@@ -44,8 +41,10 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors = {key: tensor.detach() for key, tensor in _state(model, record).items()}
     broken = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
-        warnings.warn(f"save_adapter: these tensors are not finite: {_some(broken)}; load_adapter will refuse this folder.", stacklevel=2)
+        warnings.warn(f"save_adapter: these tensors are not finite: {some(broken)}; load_adapter will refuse this folder.", stacklevel=2)
     meta = {"methods": record.methods, "options": record.options}
+    if record.quantize:
+        meta["quantize"] = record.quantize
     write_folder(Path(folder), tensors, _config(model, record), meta)
 
 
@@ -62,14 +61,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         from fastpeft.integrations.lycoris import load_lycoris
 
         return load_lycoris(model, folder)
-    config, tensors, meta = _read(Path(folder))
+    config, tensors, meta = read_folder(Path(folder))
     methods, settings, options = _plan(model, config, meta, folder)
-    fresh = model.__dict__.get("_fastpeft_adaptation") is None
+    fresh = model.__dict__.get(RECORD) is None
     report = Report()
     if fresh:
         with torch.random.fork_rng():
             try:
-                report = adapt(model, methods, **settings, **options)
+                asked = _SETTINGS | settings | {"quantize": meta.get("quantize"), "blank": True}
+                report = build_and_attach(model, methods, **asked, **options)
             except (ValueError, TypeError) as e:
                 raise CheckpointError(f"load_adapter: {folder} does not fit this model: {e}") from e
     try:
@@ -78,17 +78,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
             _check_same(record, methods, settings, options, folder)
         live = _state(model, record)
         tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
-        _check(live, tensors, folder, beside_adapters(model, record))
+        tensors = _unpacked(_peft_format(model, record), config, tensors, folder)
+        check_tensors(live, tensors, folder, _beside_methods(model, record))
         _check_states(model, record, tensors, folder)
     except ValueError:
         if fresh:
             unload(model)
         raise
     with torch.no_grad():
-        for key, tensor in live.items():
+        for method, keys in _methods_at(model, record):
+            method.load({leaf: tensors[key] for leaf, key in keys.items()})
+        for key, tensor in _beside_methods(model, record).items():
             tensor.copy_(tensors[key])
-    for method, _ in _methods_at(model, record):
-        method.restored()
     return report.count(model)
 
 
@@ -100,8 +101,20 @@ def _state(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
     """File key -> live tensor of everything that the checkpoint holds."""
     state: dict[str, Tensor] = {}
     for method, keys in _methods_at(model, record):
-        tensors = method.state_dict(keep_vars=True)
+        tensors = method.saved()
         state |= {key: tensors[leaf] for leaf, key in keys.items()}
+    return state | _beside_methods(model, record)
+
+
+def _beside_methods(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
+    """What the checkpoint holds and no method owns: shared parameters, bases that a start replaced, trained modules."""
+    state: dict[str, Tensor] = {}
+    if SHARED in model._modules:
+        state |= {file_key(SHARED, k): t for k, t in model.get_submodule(SHARED).state_dict(keep_vars=True).items()}
+    for site in record.sites:
+        stored = model.get_submodule(site).adapter._modules.get("base")
+        if stored is not None and not record.quantize:  # which is made again from the weight, to the bit
+            state |= {file_key(site, f"adapter.base.{k}"): t for k, t in stored.state_dict(keep_vars=True).items()}
     return state | beside_adapters(model, record)
 
 
@@ -109,9 +122,9 @@ def _methods_at(model: nn.Module, record: Adaptation) -> Iterator[tuple[Method, 
     """Each method at each site, and the file key of each name in its state dict."""
     form = _peft_format(model, record)
     for site in record.sites:
-        for name, method in model.get_submodule(site).adapter.named_children():
-            leaves = method.state_dict(keep_vars=True)
-            yield method, {leaf: file_key(site, form.keys[leaf] if form else f"adapter.{name}.{leaf}") for leaf in leaves}
+        for name, method in model.get_submodule(site).adapter.methods().items():
+            keys = form.keys if form else {}
+            yield method, {leaf: file_key(site, keys[leaf] if form else f"adapter.{name}.{leaf}") for leaf in method.saved()}
 
 
 def beside_adapters(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
@@ -158,8 +171,8 @@ def _config(model: nn.Module, record: Adaptation) -> dict[str, Any]:
     # where PEFT has the method, its peft_type would make PEFT read a folder that it cannot read
     plain = len(record.methods) == 1 and recipe.cls.PEFT is None
     return {
-        "peft_type": record.methods[0].upper() if plain else _LIBRARY.upper(),
-        "library": _LIBRARY,
+        "peft_type": record.methods[0].upper() if plain else LIBRARY.upper(),
+        "library": LIBRARY,
         "methods": record.methods,
         "options": record.options,
         "rank_pattern": record.rank_pattern,
@@ -203,112 +216,6 @@ def _targets(model: nn.Module, record: Adaptation) -> list[str] | str:
     return sorted(record.sites)
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    from safetensors.torch import save
-
-    text = json.dumps(config, indent=2) + "\n"
-    header = {"format": "pt", _LIBRARY: json.dumps(dict(meta)), "adapter_config": text}
-    data = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, header)
-    folder.mkdir(parents=True, exist_ok=True)
-    _finish_interrupted(folder)
-    pending = {WEIGHTS: _pending(folder, WEIGHTS), CONFIG: _pending(folder, CONFIG)}
-    try:
-        _sync_write(pending[CONFIG], text.encode())
-        _sync_write(pending[WEIGHTS], data)
-    except BaseException:
-        for path in pending.values():
-            path.unlink(missing_ok=True)
-        raise
-    for name in (WEIGHTS, CONFIG):  # the weights' rename is the moment at which the new checkpoint exists
-        os.replace(pending[name], folder / name)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _finish_interrupted(folder: Path) -> None:
-    """Complete a save that stopped between its two renames; its pending config is the only copy beside the header."""
-    pending, weights = _pending(folder, CONFIG), folder / WEIGHTS
-    if pending.is_file() and weights.is_file():
-        try:
-            header, _ = _open(weights)
-        except CheckpointError:
-            return
-        if header.get("adapter_config") == pending.read_text(errors="replace"):
-            os.replace(pending, folder / CONFIG)
-
-
-def _pending(folder: Path, name: str) -> Path:
-    return folder / f".{name}.pending"
-
-
-def _sync_write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """Config, tensors, and fastpeft's own notes ({} in a file that PEFT wrote)."""
-    weights, config = folder / WEIGHTS, folder / CONFIG
-    if not weights.is_file():
-        pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
-        if pickles:
-            raise CheckpointError(
-                f"load_adapter: {folder} holds {pickles[0]} (pickle), which is never read; convert it once with PEFT: "
-                f"PeftModel.from_pretrained(model, {str(folder)!r}).save_pretrained(new_folder)."
-            )
-        raise FileNotFoundError(f"load_adapter: {weights} does not exist; give the folder that holds {CONFIG} and {WEIGHTS}.")
-    header, tensors = _open(weights)
-    try:
-        meta = json.loads(header.get(_LIBRARY, "{}"))
-        if not isinstance(meta, dict) or not isinstance(meta.get("options", {}), dict):
-            raise ValueError("it is no object with options")
-    except ValueError as e:
-        raise CheckpointError(f"load_adapter: the {_LIBRARY!r} entry in the header of {weights} is damaged: {e}") from e
-    return _read_config(folder, config, header.get("adapter_config")), tensors, meta
-
-
-def _open(weights: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Header and tensors of a safetensors file; CheckpointError if it is none."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(str(weights), framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError, ValueError) as e:
-        raise CheckpointError(f"load_adapter: {weights} is no readable safetensors file (truncated or damaged): {e}") from e
-
-
-def _read_config(folder: Path, path: Path, embedded: str | None) -> dict[str, Any]:
-    # undecodable bytes become characters that no config has, and fail as JSON below
-    text = path.read_text(errors="replace") if path.is_file() else None
-    pending = _pending(folder, CONFIG)
-    if embedded is not None and text != embedded and pending.is_file() and pending.read_text(errors="replace") == embedded:
-        text = embedded  # a save was interrupted between its two renames: the new weights are in place, so is their config
-    if text is None:
-        raise FileNotFoundError(f"load_adapter: {path} does not exist; an adapter folder holds {CONFIG} and {WEIGHTS}.")
-    try:
-        config = json.loads(text)
-        if "\ufffd" in text:
-            raise ValueError("it holds bytes that are not UTF-8")
-    except ValueError as e:
-        raise CheckpointError(f"load_adapter: {path} is no JSON: {e}") from e
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise CheckpointError(f"load_adapter: {path} has no peft_type; it must be an object as PEFT or fastpeft writes it.")
-    if embedded is not None and config != json.loads(embedded):
-        was = json.loads(embedded)
-        changed = {k: (was.get(k), config.get(k)) for k in {*was, *config} if was.get(k) != config.get(k)}
-        raise CheckpointError(
-            f"load_adapter: {path} is not the config that {WEIGHTS} was saved with; differing (saved, now): {changed}. "
-            "Restore those values; the saved config is in the weights' header under 'adapter_config'."
-        )
-    return config
-
-
 def _plan(
     model: nn.Module, config: Mapping[str, Any], meta: Mapping[str, Any], folder: Any
 ) -> tuple[str | list[str], dict[str, Any], dict[str, Any]]:
@@ -316,7 +223,7 @@ def _plan(
     from fastpeft.integrations.peft import from_dict
 
     try:
-        if config.get("library") == _LIBRARY:
+        if config.get("library") == LIBRARY:
             keys = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
             for name in config["methods"]:
                 get_recipe(name)
@@ -362,17 +269,17 @@ def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], o
         raise CheckpointError(f"load_adapter: {folder} was made with other options (file, model): {wrong}.")
 
 
-def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Any, beside: Mapping[str, Tensor]) -> None:
+def check_tensors(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: Any, beside: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError unless the file holds exactly the model's tensors, in shape, in a dtype that fits, and finite.
 
-    beside: those that are no adapter's, which may have another dtype.
+    beside: those that are no method's, which may have another dtype.
     """
     problems = []
     missing, unexpected = sorted(live.keys() - tensors.keys()), sorted(tensors.keys() - live.keys())
     if missing:
-        problems.append(f"{len(missing)} missing: {_some(missing)}")
+        problems.append(f"{len(missing)} missing: {some(missing)}")
     if unexpected:
-        problems.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
+        problems.append(f"{len(unexpected)} unexpected: {some(unexpected)}")
     both = [k for k in live if k in tensors]
     shapes = [f"{k} is {tuple(tensors[k].shape)}, needed {tuple(live[k].shape)}" for k in both if tensors[k].shape != live[k].shape]
     dtypes = [f"{k} is {tensors[k].dtype}, needed {live[k].dtype}" for k in both if not _fits(tensors[k], live[k])]
@@ -382,9 +289,19 @@ def _check(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], folder: An
         dtypes.append(f"the adapter's tensors have several dtypes: {sorted(map(str, kinds))}")
     for what, found in (("wrong shape", shapes), ("wrong dtype", dtypes), ("NaN or Inf", broken)):
         if found:
-            problems.append(f"{what}: {_some(found)}")
+            problems.append(f"{what}: {some(found)}")
     if problems:
         raise CheckpointError(f"load_adapter: {folder} does not belong to this model: {'; '.join(problems)}.")
+
+
+def _unpacked(form: PeftFormat | None, config: Mapping[str, Any], tensors: dict[str, Tensor], folder: Any) -> dict[str, Tensor]:
+    """The file's tensors under the keys and shapes that the form names."""
+    if form is None or form.unpack is None:
+        return tensors
+    try:
+        return form.unpack(config, tensors)
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise CheckpointError(f"load_adapter: {folder}: {e}") from e
 
 
 def _check_states(model: nn.Module, record: Adaptation, tensors: Mapping[str, Tensor], folder: Any) -> None:
@@ -403,5 +320,5 @@ def _fits(came: Tensor, needed: Tensor) -> bool:
     return both_float and torch.promote_types(came.dtype, needed.dtype) == needed.dtype
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

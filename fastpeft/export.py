@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.checkpoint import beside_adapters, file_key, peft_config, write_folder
+from fastpeft.checkpoint import beside_adapters, file_key, peft_config
+from fastpeft.folder import write_folder
+from fastpeft.leave import refuse_ffns, static_terms
+from fastpeft.record import adaptation
 from fastpeft.registry import get_recipe
-from fastpeft.swap import adaptation, refuse_ffns, static_terms
 from fastpeft.terms import Bias, Kron, LowRank, kron, plain_factors
 
 
@@ -66,6 +68,8 @@ def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:
                 "save_adapter keeps it, merge folds it into the weight."
             )
     A, B = torch.cat(As).detach(), torch.cat(Bs, 1).detach()
+    if A.shape[0] == 0:  # every rank was dropped, and PEFT's LoRA has at least one
+        A, B = A.new_zeros(1, A.shape[1]), B.new_zeros(B.shape[0], 1)
     if A.shape[0] > min(B.shape[0], A.shape[1]):  # more ranks than the layer has say no more than the product itself
         A, B = (B @ A, _eye(B, B.shape[0])) if B.shape[0] < A.shape[1] else (_eye(A, A.shape[1]), B @ A)
     return A, B, None if bias is None else bias.detach()

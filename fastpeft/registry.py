@@ -11,7 +11,7 @@ import importlib
 import inspect
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -61,6 +61,8 @@ class PeftFormat:
     config_class: its name in peft.   start: the field that says how PEFT initialises.
     reads: config field -> option; empty where another method of the same peft_type is what its configs are read as.
     lacks: what LoraConfig holds and this class does not (bias, fan_in_fan_out, rank_pattern, alpha_pattern).
+    silent: config fields that this class holds and that do not change what the layer computes.
+    unpack(config, tensors of the file) -> tensors as `keys` names them, where PEFT writes others; ValueError if they disagree.
     """
 
     peft_type: str
@@ -70,23 +72,42 @@ class PeftFormat:
     reads: Mapping[str, str] = field(default_factory=dict)
     start: str = "init_lora_weights"
     lacks: frozenset[str] = frozenset()
+    silent: frozenset[str] = frozenset()
+    unpack: Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What METHODS.md says of a method beyond what its code says.
+
+    formula: what the layer computes, in the names of its parameters.   defaults: where the options' defaults come from.
+    oracle: what its tests hold it against.   deviations: where it differs from its paper or the authors' code, and why.
+    """
+
+    formula: str
+    defaults: str
+    oracle: str
+    deviations: tuple[str, ...] = ()
 
 
 class Method(nn.Module):
     """What every method is: parameters, their ROLES, and terms(base). Options are __init__'s keyword-only arguments.
 
     ROLES says what each parameter is ("down", "up", "gain", "bias", "gate", ...); optimiser groups, weight-decay rules and
-    reports read it. PEFT is None where PEFT has no such method.
+    reports read it. NOTES is its entry in METHODS.md. PEFT is None where PEFT has no such method.
     SITE says what it sits on: "linear", or "ffn": beside a whole feed-forward block, whose output becomes
     FFN(x) + sum of terms(x) + residual() * x. Only Kron and Bias terms are known there.
     PROCEDURE names the class in fastpeft.train without which the method does not train as its paper says.
+    SHARES: parameters that several sites use live in holders, which `share` makes; __init__ takes (site, holder).
     overlay: the fastpeft.overlay.Overlay of a method that keeps W changed between forwards.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {}
+    NOTES: ClassVar[Notes]
     PEFT: ClassVar[PeftFormat | None] = None
     SITE: ClassVar[str] = "linear"
     PROCEDURE: ClassVar[str] = ""
+    SHARES: ClassVar[bool] = False
     overlay: Any = None
 
     def terms(self, base: Any) -> list[Term]:
@@ -100,6 +121,32 @@ class Method(nn.Module):
     def every_term(self, base: Any) -> list[Term]:
         """The terms with all parts of the method in use, where terms() leaves out some until they exist."""
         return self.terms(base)
+
+    def start(self, weight: Callable[[], torch.Tensor], blank: bool) -> nn.Module | None:
+        """Begin from the layer's weight; weight() is a copy [out, in], fp32 or wider, made when called.
+
+        A module that is returned replaces the base: its `view()` is what ops see, its tensors are saved as `adapter.base.*`.
+        blank: a checkpoint's values follow, so only shapes matter. Called once, after every method of the site is built.
+        """
+        return None
+
+    @classmethod
+    def share(cls, sites: Sequence[tuple[Site, Mapping[str, Any]]]) -> Mapping[str, tuple[nn.Module, Sequence[str]]]:
+        """Key -> (holder, names of its sites) for these sites and their options; every site in one. For SHARES only.
+
+        Holders become `adapter_shared.<recipe>_<key>` of the adapted root; a site keeps its own outside the module tree.
+        """
+        raise NotImplementedError
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds of this method, by leaf name: live tensors, or ones composed of them."""
+        return self.state_dict(keep_vars=True)
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take over what `saved` gave; in place, no autograd. Shapes and dtypes have been checked."""
+        for leaf, tensor in self.saved().items():
+            tensor.copy_(tensors[leaf])
+        self.restored()
 
     @classmethod
     def learning_rate(cls, options: Mapping[str, Any]) -> float | None:
@@ -152,9 +199,19 @@ class Recipe:
         own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return own | dict(self.defaults)
 
-    def build(self, site: Site, options: Mapping[str, Any]) -> Method:
-        """The method at one site; raises ValueError naming the site where options do not fit the layer."""
-        return self.cls(site, **(dict(self.defaults) | dict(options)))
+    def build(self, site: Site, options: Mapping[str, Any], holder: nn.Module | None = None) -> Method:
+        """The method at one site; raises ValueError naming the site where options do not fit the layer.
+
+        A method that shares gets `holder`, or one of its own.
+        """
+        own = dict(self.defaults) | dict(options)
+        if not self.cls.SHARES:
+            return self.cls(site, **own)
+        if holder is None:
+            ((holder, _),) = self.cls.share([(site, self.options | own)]).values()
+        built = self.cls(site, holder, **own)
+        built.__dict__["holder"] = holder
+        return built
 
 
 _RECIPES: dict[str, Recipe] = {}

@@ -1,4 +1,4 @@
-"""adapt, unload, merge, adapters_off: changing a model's layers in place, and back.
+"""adapt: changing a model's layers in place.
 
 The class of each targeted layer is changed; its weight, bias, hooks, ties and base state-dict keys stay where they are.
 What was before (classes, requires_grad, trained copies of other modules) is written down on the adapted root, so that
@@ -7,30 +7,29 @@ unload restores the model bit for bit.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
 from fastpeft.adapter import (
     Adapter,
+    Build,
     adapted_class,
     build_adapter,
     build_methods,
+    free,
     is_adapted,
-    is_conv1d,
     recipes,
-    release,
+    shared_holders,
     weight_of,
 )
 from fastpeft.base import Plain
-from fastpeft.beside import FFNAdapter, attach, detach
+from fastpeft.beside import FFNAdapter, attach
 from fastpeft.ffn import FFN, find_ffns
+from fastpeft.record import RECORD, SHARED, Adaptation
 from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
 from fastpeft.targets import (
@@ -46,45 +45,8 @@ from fastpeft.targets import (
     select,
     shared_weights,
 )
-from fastpeft.terms import Term, effective_bias, effective_weight, refuse_tokenwise
 
-_RECORD = "_fastpeft_adaptation"
 _BIAS = ("none", "all", "lora_only")
-
-
-@dataclass
-class Adaptation:
-    """What adapt did to a model: kept on the adapted root for checkpoint, adapters_off and unload.
-
-    sites: names of adapted layers and FFNs.   options: as given to adapt.   originals: name -> untouched copy of a module of
-    modules_to_save.   biases: parameter name -> untouched copy of a bias that trains.   flags: requires_grad before.
-    classes: of adapted layers.   ffns, hooks: of FFNs with an adapter beside them.
-    """
-
-    methods: list[str]
-    options: dict[str, Any]
-    rank_pattern: dict[str, Any]
-    alpha_pattern: dict[str, Any]
-    bias: str
-    sites: list[str] = field(default_factory=list)
-    classes: dict[str, type] = field(default_factory=dict)
-    originals: dict[str, nn.Module] = field(default_factory=dict)
-    biases: dict[str, Tensor] = field(default_factory=dict)
-    flags: dict[str, bool] = field(default_factory=dict)
-    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
-    ffns: dict[str, FFN] = field(default_factory=dict)
-    hooks: dict[str, list[RemovableHandle]] = field(default_factory=dict)
-    input_grads: bool = False
-
-
-def adaptation(model: nn.Module, who: str) -> Adaptation:
-    """The record of an adapted model; ValueError if the model is not adapted."""
-    record = model.__dict__.get(_RECORD)
-    if record is None:
-        raise ValueError(
-            f"{who}: this {type(model).__name__} was not adapted; call fastpeft.adapt on it, and pass the same module here."
-        )
-    return record
 
 
 def adapt(
@@ -97,6 +59,8 @@ def adapt(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     bias: str | None = None,
+    quantize: str | None = None,
+    keep_base: bool = True,
     **options: Any,
 ) -> Report:
     """Give the model's linear layers or FFNs adapters, in place; freeze everything else.
@@ -108,6 +72,8 @@ def adapt(
     modules_to_save: suffixes of further modules that train and are saved whole, such as a new classification head.
     rank_pattern, alpha_pattern: name or regex -> rank or alpha of the layers it ends; first hit wins.
     bias: "none" (default), "all" (every bias of the model trains) or "lora_only" (those of adapted layers).
+    quantize: "nf4" (also "nf2", "nf3", ...) or "int8": the base of each adapted layer is quantised and computes dequantised.
+    keep_base: False lets go of the weights that `quantize` or a start (loftq, ...) replaced; unload and adapters_off then raise.
     options: the method's own; fastpeft.methods() lists them.
     Returns a Report: the route of each layer, parameter counts.
     Raises ValueError / TypeError, leaving the model as it was, on unknown methods, options or targets, on values that do
@@ -128,11 +94,12 @@ def adapt(
         for key, value in asked.items():
             if value is not None:
                 raise ValueError(f"adapt: {key} was given beside a peft config, which holds it; set it in the config.")
-        return _adapt(model, name, **settings, **(own | options))
-    return _adapt(model, list(method) if not isinstance(method, str) else method, **asked, **options)
+        return build_and_attach(model, name, **settings, quantize=quantize, keep_base=keep_base, **(own | options))
+    names = list(method) if not isinstance(method, str) else method
+    return build_and_attach(model, names, **asked, quantize=quantize, keep_base=keep_base, **options)
 
 
-def _adapt(
+def build_and_attach(
     model: nn.Module,
     method: str | list[str],
     *,
@@ -142,15 +109,21 @@ def _adapt(
     rank_pattern: Mapping[str, int] | None,
     alpha_pattern: Mapping[str, float] | None,
     bias: str | None,
+    quantize: str | None = None,
+    keep_base: bool = True,
+    blank: bool = False,
     **options: Any,
 ) -> Report:
+    """adapt for a method by name. blank: load_adapter's: a checkpoint's values follow, so starts need not look at weights."""
     bias = "none" if bias is None else bias
     if bias not in _BIAS:
         raise ValueError(f"adapt: bias={bias!r}; it must be one of {', '.join(_BIAS)}.")
     _refuse_second(model)
     found = recipes(method, options)
     on_linear, on_ffn = ([r for r in found if r.site == site] for site in ("linear", "ffn"))
-    record = Adaptation([r.name for r in found], options, dict(rank_pattern or {}), dict(alpha_pattern or {}), bias)
+    record = Adaptation(
+        [r.name for r in found], options, dict(rank_pattern or {}), dict(alpha_pattern or {}), bias, quantize, keep_base
+    )
     saved = _saved_modules(model, modules_to_save)
     report = Report(saved_modules=list(saved), procedures=[r.cls.PROCEDURE for r in found if r.cls.PROCEDURE])
     targets = "all-linear" if target_modules is None else target_modules
@@ -164,31 +137,43 @@ def _adapt(
     layers = [n for n, m in model.named_modules() if is_linear_layer(m)] if on_linear else []
     _notes(model, targets, saved, report, [*layers, *ffns])
 
-    adapters: dict[str, Adapter] = {}
+    sites: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name, module in modules.items():
         own = options | {
             key: by_pattern(name, pattern, options.get(key))
             for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern))
             if by_pattern(name, pattern, None) is not None
         }
-        adapters[name] = build_adapter(name, Plain(weight_of(module).detach()), on_linear, own)
+        sites[name] = (Plain(weight_of(module).detach()), own)
+    holders, by_site = shared_holders(on_linear, sites)
+    build = Build(on_linear, quantize, blank)
+    adapters = {name: build_adapter(name, base, build, own, by_site[name]) for name, (base, own) in sites.items()}
+    replaced = [name for name, a in adapters.items() if "base" in a._modules]
+    if not keep_base and not replaced:
+        raise ValueError(f"adapt: keep_base=False, but {', '.join(record.methods)} replaces no base weight; leave it out.")
     for other, partner in shared_weights(model, adapters).items():
-        if any(m.overlay for m in adapters[other].children()):
+        if other in replaced and not keep_base:
+            raise ValueError(f"adapt: keep_base=False at {other!r}, whose weight {partner!r} shares; untie them, or keep it.")
+        if any(m.overlay for m in adapters[other].methods().values()):
             raise ValueError(
                 f"adapt: overlay=True at {other!r}, whose weight {partner!r} shares and would read changed; use apply='copy'."
             )
         report.notes.append(f"{other} shares its weight with {partner}: the adapter acts on {other} only, and merge refuses.")
 
-    _attach(model, record, adapters, ffns, ffn_adapters, saved)
+    shapes = {name: f"{m.weight.dtype} {tuple(m.weight.shape)}" for name, m in modules.items()}
+    _attach(model, record, adapters, holders, ffns, ffn_adapters, saved)
+    if not keep_base:
+        for name in replaced:
+            free(modules[name])
     for name, adapter in (adapters | ffn_adapters).items():
         width = ffns[name].width if name in ffns else None
         shape = (
             f"{width.dtype} ffn {width.features} -> {width.features}"
             if width
-            else f"{modules[name].weight.dtype} {tuple(modules[name].weight.shape)}"
+            else shapes[name]
         )
         trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
-        report.layers[name] = Route(tuple(adapter._modules), shape.removeprefix("torch."), trainable)
+        report.layers[name] = Route(adapter.names, shape.removeprefix("torch."), trainable)
     return report.count(model)
 
 
@@ -225,6 +210,8 @@ def _notes(
 
 
 def _refuse_second(model: nn.Module) -> None:
+    if hasattr(model, SHARED):
+        raise ValueError(f"adapt: this {type(model).__name__} has an attribute {SHARED!r} already; rename it.")
     for name, module in model.named_modules():
         if is_adapted(module):
             raise ValueError(
@@ -285,6 +272,7 @@ def _attach(
     model: nn.Module,
     record: Adaptation,
     adapters: Mapping[str, Adapter],
+    holders: nn.ModuleDict,
     ffns: Mapping[str, FFN],
     ffn_adapters: Mapping[str, FFNAdapter],
     saved: Mapping[str, nn.Module],
@@ -304,6 +292,8 @@ def _attach(
         record.classes[name] = type(module)
         module.__class__ = adapted_class(type(module))
         module.adapter = adapter.train(module.training)
+    if holders:
+        model.add_module(SHARED, holders.train(model.training))
     for name, ffn in ffns.items():
         record.sites.append(name)
         record.ffns[name] = ffn
@@ -323,171 +313,4 @@ def _attach(
         # reentrant checkpointing gives no gradient at all when no input of a block requires one (frozen embeddings)
         model.enable_input_require_grads()
         record.input_grads = True
-    model.__dict__[_RECORD] = record
-
-
-def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Adapted layers and FFNs by name."""
-    return {n: m for n, m in model.named_modules() if is_adapted(m)}
-
-
-def unload(model: nn.Module) -> nn.Module:
-    """Remove every adapter and restore the model as it was before adapt, bit for bit. Returns the model.
-
-    ValueError if the model is not adapted (also after merge, which gave up the original weights).
-    """
-    record = adaptation(model, "unload")
-    for name in record.classes:
-        release(model.get_submodule(name))
-    for name, cls in record.classes.items():
-        _strip(model.get_submodule(name), cls)
-    for name, ffn in record.ffns.items():
-        detach(model, ffn, record.hooks[name])
-    for name, original in record.originals.items():
-        _restore_module(model, name, original)
-    for name, value in record.biases.items():
-        with torch.no_grad():
-            model.get_parameter(name).copy_(value)
-    _restore_flags(model, record)
-    return model
-
-
-def merge(model: nn.Module) -> nn.Module:
-    """Fold every adapter into its weight and bias, in place, and remove it. Returns the model.
-
-    W + delta is formed in fp32 (fp64 for an fp64 base) and rounded once. Modules of modules_to_save and trained biases keep
-    their trained values. Not reversible: keep a copy, or the saved adapter, if the original weights are needed again.
-    Raises ValueError, changing nothing, where a method has no single weight, a weight is shared with another module, or a
-    merged weight would not be finite.
-    """
-    record = adaptation(model, "merge")
-    refuse_ffns(model, record, "merge")
-    shared = shared_weights(model, record.sites)
-    if shared:
-        name, partner = next(iter(shared.items()))
-        raise ValueError(f"merge: {name!r} shares its weight with {partner!r}, which would change too; untie them first.")
-    modules = {name: model.get_submodule(name) for name in record.sites}
-    for module in modules.values():
-        release(module)
-    # twice over the layers and not a second copy of all weights: an error found at the last layer must change nothing
-    for name, module in modules.items():
-        for merged in _merged(module):
-            if merged is not None and not bool(merged.isfinite().all()):
-                raise ValueError(f"merge: the merged weight or bias of {name!r} is not finite; the model is unchanged.")
-    for name, module in modules.items():
-        weight, bias = _merged(module)
-        with torch.no_grad():
-            module.weight.copy_(weight.t() if is_conv1d(module) else weight)
-            if bias is not None and module.bias is not None:
-                module.bias.copy_(bias)
-        if bias is not None and module.bias is None:
-            module.bias = nn.Parameter(bias, requires_grad=False)
-        _strip(module, record.classes[name])
-    _restore_flags(model, record)
-    return model
-
-
-def refuse_ffns(model: nn.Module, record: Adaptation, who: str) -> None:
-    """Raise ValueError for `who` (merge, export_lora) if some adapter stands beside an FFN, which has no weight to fold it into."""
-    for name in record.ffns:
-        methods = "+".join(n for n, _ in model.get_submodule(name).adapter.named_children())
-        raise ValueError(
-            f"{who}: {methods} at {name!r} stands beside a non-linear FFN, so no weight can take it in; keep it unmerged, and "
-            "use save_adapter."
-        )
-
-
-@torch.no_grad()
-def static_terms(module: nn.Module, who: str) -> list[Term]:
-    """The terms of an adapted layer for `who` (merge, export_lora): no dropout, true ranks; ValueError if token-dependent."""
-    adapter: Any = module.adapter
-    base, training = Plain(weight_of(module)), adapter.training
-    try:
-        terms = [term for method in adapter.eval().children() for term in method.static_terms(base)]
-    finally:
-        adapter.train(training)
-    refuse_tokenwise(terms, who)
-    return terms
-
-
-@torch.no_grad()
-def _merged(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight [out, in] and bias of the merged layer, in the layer's dtype; dropout plays no part."""
-    weight, terms = weight_of(module), static_terms(module, "merge")
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    merged, bias = effective_weight(weight, terms, wide), effective_bias(module.bias, terms, wide)
-    return merged.to(weight.dtype), None if bias is None else bias.to(weight.dtype)
-
-
-@contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
-    """Within it the model computes as before adapt: adapters, trained modules and trained biases step aside.
-
-    No tensor is written, so it may stand between a forward and its backward (a DPO reference pass). It can be nested.
-    With overlay=True the weights are put back first, and RuntimeError says so where a backward is still to come.
-    """
-    record = adaptation(model, "adapters_off")
-    adapters = [model.get_submodule(name).adapter for name in record.sites]
-    for name in record.classes:
-        module: Any = model.get_submodule(name)
-        if any(m.overlay and m.overlay.alive for m in module.adapter.children()):
-            raise RuntimeError(
-                f"adapters_off: {name!r} has overlay=True and a forward whose backward has not run; its weight cannot be put back "
-                "now. Run that backward first (or drop its output), or adapt with apply='copy'."
-            )
-        release(module)
-    enabled = [a.enabled for a in adapters]
-    modules = {name: model.get_submodule(name) for name in record.originals}
-    biases = {name: model.get_parameter(name) for name in record.biases}
-    try:
-        for a in adapters:
-            a.enabled = False
-        for name, original in record.originals.items():
-            live = next(modules[name].parameters(), None)
-            stand_in = original.train(modules[name].training)
-            _place(model, name, stand_in if live is None else stand_in.to(live.device, live.dtype))
-        for name, value in record.biases.items():
-            owner, _, leaf = name.rpartition(".")
-            stand_in = value.to(biases[name].device, biases[name].dtype)
-            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(stand_in, requires_grad=False)
-        yield model
-    finally:
-        for a, flag in zip(adapters, enabled, strict=True):
-            a.enabled = flag
-        for name, module in modules.items():
-            _place(model, name, module)
-        for name, parameter in biases.items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = parameter
-
-
-def _strip(module: nn.Module, cls: type) -> None:
-    del module.adapter
-    module.__class__ = cls
-
-
-def _place(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._modules[leaf] = module
-
-
-def _restore_module(model: nn.Module, name: str, original: nn.Module) -> None:
-    """Write the untouched values back into the live module: whoever holds it keeps the same object."""
-    live = model.get_submodule(name)
-    with torch.no_grad():
-        kept = dict(original.state_dict(keep_vars=True))
-        for key, tensor in live.state_dict(keep_vars=True).items():
-            tensor.copy_(kept[key])
-
-
-def _restore_flags(model: nn.Module, record: Adaptation) -> None:
-    for name, parameter in model.named_parameters():
-        if name in record.flags:
-            parameter.requires_grad_(record.flags[name])
-            if not record.flags[name]:
-                parameter.grad = None
-    for owner, attribute, value in record.attributes:
-        setattr(model.get_submodule(owner), attribute, value)
-    if record.input_grads:
-        model.disable_input_require_grads()
-    del model.__dict__[_RECORD]
+    model.__dict__[RECORD] = record

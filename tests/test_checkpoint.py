@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastpeft
-from fastpeft import checkpoint
+from fastpeft import checkpoint, folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -295,7 +295,7 @@ def test_a_failed_write_leaves_the_old(tmp_path, monkeypatch):
     def full(*args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint, "_sync_write", full)
+    monkeypatch.setattr(folder, "sync_write", full)
     with pytest.raises(OSError, match="no space"):
         fastpeft.save_adapter(trained(bert, "dora", {}), tmp_path)
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir()}

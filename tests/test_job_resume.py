@@ -204,7 +204,7 @@ def dying(place: str, nth: int, die: Callable[[], None]) -> Iterator[None]:
         "backward": (torch.optim.AdamW, "step", around),  # gradients are there, nothing has moved
         "updated": (torch.optim.AdamW, "step", around),  # moved, and not yet noted
         "epoch": (loop, "_end_epoch", around),
-        "write": (statefile, "_sync_write", half_write),
+        "write": (statefile, "sync_write", half_write),
         "rename": (os, "replace", replace),
         "renamed": (os, "replace", replace),
         "adapter": (os, "replace", replace),
@@ -641,14 +641,14 @@ def test_nothing_to_resume(settings, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_state(settings, tmp_path, whole):
-    mine, real = at(settings, tmp_path), statefile._sync_write
+    mine, real = at(settings, tmp_path), statefile.sync_write
 
     def full(path: Path, data: bytes) -> None:
         if any((tmp_path / "out" / "adapter").glob("*.safetensors")):
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    with mock.patch.object(statefile, "_sync_write", full), pytest.raises(JobError, match=r"No space left.*--resume continues"):
+    with mock.patch.object(statefile, "sync_write", full), pytest.raises(JobError, match=r"No space left.*--resume continues"):
         go(mine)
     assert not (tmp_path / "out" / f".{STATE}.pending").exists()
     go(mine, again=True)

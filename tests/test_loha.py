@@ -20,7 +20,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft.base import Plain
-from fastpeft.checkpoint import CheckpointError
+from fastpeft import CheckpointError
 from fastpeft.job.arms import FASTPEFT, PEFT, peft_counterpart
 from fastpeft.job.layerbench import Shape, layers
 from fastpeft.method import loha

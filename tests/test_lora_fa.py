@@ -90,7 +90,7 @@ def test_a_folder_that_only_names_lora_fa_is_read_by_its_config(tmp_path):
     model = MLP()
     fastpeft.adapt(model, "lora_fa", rank=3)
     fastpeft.save_adapter(model, tmp_path)
-    config = fastpeft.checkpoint._read(tmp_path)[0]
+    config = fastpeft.folder.read_folder(tmp_path)[0]
     note = {"methods": ["lora_fa"], "options": {"rank": 3}}
     assert _method_of(config, note, "lora") == "lora_fa"
     assert _method_of(config | {"lora_bias": True}, note, "lora") == "lora"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import fastpeft
-from fastpeft.checkpoint import CheckpointError
+from fastpeft import CheckpointError
 from fastpeft.integrations import lycoris
 from fastpeft.integrations.lycoris import load_lycoris
 from fastpeft.method.lokr import LoKr

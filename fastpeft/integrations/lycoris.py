@@ -20,10 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.checkpoint import CheckpointError, _check, _open, _some
+from fastpeft.checkpoint import check_tensors, some
+from fastpeft.folder import CheckpointError, open_weights
+from fastpeft.leave import unload
 from fastpeft.method.lokr import factorization
 from fastpeft.report import Report
-from fastpeft.swap import adapt, unload
+from fastpeft.swap import adapt
 from fastpeft.targets import is_linear_layer
 
 _STEMS = {"loha": "hada_", "lokr": "lokr_"}
@@ -55,7 +57,7 @@ def load_lycoris(model: nn.Module, file: str | os.PathLike[str], *, prefix: str 
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"load_lycoris: {path} does not exist; give LyCORIS' .safetensors file.")
-    _, tensors = _open(path)
+    _, tensors = open_weights(path)
     kind, layers = _layers(model, tensors, prefix, path)
     options = _loha(layers) if kind == "loha" else _lokr(layers, path)
     targets = "|".join(re.escape(layer.name) for layer in layers)
@@ -66,7 +68,7 @@ def load_lycoris(model: nn.Module, file: str | os.PathLike[str], *, prefix: str 
             raise CheckpointError(f"load_lycoris: {path} does not fit this model: {e}") from e
     try:
         live = {key: p for layer in layers for key, p in _live(model, layer, kind)}
-        _check(live, {k: t for k, t in tensors.items() if not k.endswith(".alpha")}, path, {})
+        check_tensors(live, {k: t for k, t in tensors.items() if not k.endswith(".alpha")}, path, {})
     except ValueError:
         unload(model)
         raise
@@ -106,7 +108,7 @@ def _layers(
             strange.append(f"{key} ({_REFUSED[leaf]})" if leaf in _REFUSED else key)
     if strange or not found:
         raise CheckpointError(
-            f"load_lycoris: {path} holds {f'keys that are not understood: {_some(strange)}' if strange else 'no tensor'}; "
+            f"load_lycoris: {path} holds {f'keys that are not understood: {some(strange)}' if strange else 'no tensor'}; "
             f"needed are {prefix}_<module>.alpha and .hada_... or .lokr_... of linear layers. Give another prefix if its names "
             "begin otherwise; for an adapter folder of fastpeft or PEFT, give the folder to load_adapter."
         )
@@ -117,7 +119,7 @@ def _layers(
         )
     kinds = {head: "loha" if leaves.keys() & _LOHA else "lokr" for head, leaves in found.items()}
     if len(set(kinds.values())) > 1:
-        split = {kind: _some([head for head in found if kinds[head] == kind]) for kind in _STEMS}
+        split = {kind: some([head for head in found if kinds[head] == kind]) for kind in _STEMS}
         raise CheckpointError(
             f"load_lycoris: {path} holds two methods, and adapt gives all layers one: {split}. Split the file."
         )
@@ -162,7 +164,7 @@ def _modules(model: nn.Module, heads: list[str], prefix: str, path: Path) -> dic
     absent = [head for head in heads if head not in known]
     if absent:
         raise CheckpointError(
-            f"load_lycoris: {path} holds layers that {type(model).__name__} lacks: {_some(absent)}."
+            f"load_lycoris: {path} holds layers that {type(model).__name__} lacks: {some(absent)}."
         )
     linear = {head: [n for n in known[head] if is_linear_layer(model.get_submodule(n))] for head in heads}
     for head, names in linear.items():

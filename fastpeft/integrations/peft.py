@@ -63,6 +63,7 @@ def from_dict(fields: Mapping[str, Any], model: nn.Module) -> tuple[str, Setting
     """The same from the JSON of an adapter_config.json; ValueError names what is unknown or unsupported."""
     name, form = _reader(fields)
     known = {*_SETTINGS, *form.reads, *_SILENT, form.start, *(_SILENT_LORA if form.peft_type == "LORA" else ())} - form.lacks
+    known |= form.silent
     active = {k: v for k, v in fields.items() if k not in known and v not in (None, False, {}, [], _OFF.get(k))}
     if active:
         raise ValueError(f"peft config: these fields are set and not supported: {active}. Reset them, or use PEFT for it.")
@@ -79,7 +80,7 @@ def from_dict(fields: Mapping[str, Any], model: nn.Module) -> tuple[str, Setting
     options = {ours: fields[theirs] for theirs, ours in form.reads.items() if theirs in fields}
     if name == "dora":
         options.pop("lora_bias", None)
-    settings = {key: fields.get(key) for key in _SETTINGS}
+    settings = {key: None if key in form.silent else fields.get(key) for key in _SETTINGS}
     for key in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(settings[key], (set, tuple, list)):
             settings[key] = sorted(settings[key])

@@ -168,8 +168,8 @@ def peft_config(method: str, options: Mapping[str, Any], targets: str | list[str
 def copy_start(ours: nn.Module, theirs: nn.Module, method: str) -> None:
     """Give PEFT's adapter the values of fastpeft's, parameter by parameter; ValueError where a layer or shape
     differs."""
+    from fastpeft.record import adapted_modules
     from fastpeft.registry import get_recipe
-    from fastpeft.swap import adapted_modules
 
     stored = get_recipe(method).cls.PEFT
     assert stored is not None

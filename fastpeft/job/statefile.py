@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # the writes of adapter folders and of this file are to be safe in the same way
-from fastpeft.checkpoint import _pending, _sync_write
+from fastpeft.folder import pending_path, sync_write
 from fastpeft.job.errors import JobError
 
 NAME = "resume.state"
@@ -28,9 +28,9 @@ def write(folder: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     body = buffer.getvalue()
-    pending = _pending(folder, NAME)
+    pending = pending_path(folder, NAME)
     try:
-        _sync_write(pending, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
+        sync_write(pending, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
     except BaseException:
         pending.unlink(missing_ok=True)
         raise
@@ -68,7 +68,7 @@ def exists(folder: Path) -> bool:
 
 def remove(folder: Path) -> None:
     """Remove the state, and what an interrupted write may have left beside it."""
-    for path in (folder / NAME, _pending(folder, NAME)):
+    for path in (folder / NAME, pending_path(folder, NAME)):
         path.unlink(missing_ok=True)
 
 

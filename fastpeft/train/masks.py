@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.checkpoint import CheckpointError, _open, _pending, _sync_write
+from fastpeft.folder import CheckpointError, open_weights, pending_path, sync_write
 from fastpeft.method.rosa import RoSA
 from fastpeft.train.rosa import sparse_layers
 
@@ -31,9 +31,9 @@ def save_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
     masks = {_key(n): m.index.cpu().contiguous() for n, m in layers.items()}
     data = save(masks, {"format": "pt", "fastpeft": _KIND})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pending = _pending(path.parent, path.name)
+    pending = pending_path(path.parent, path.name)
     try:
-        _sync_write(pending, data)
+        sync_write(pending, data)
         os.replace(pending, path)
     except BaseException:
         pending.unlink(missing_ok=True)
@@ -50,7 +50,7 @@ def load_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"load_masks: {path} does not exist; give the file that save_masks wrote.")
-    header, masks = _open(path)
+    header, masks = open_weights(path)
     if header.get("fastpeft") != _KIND:
         raise CheckpointError(f"load_masks: {path} holds no masks; give a file that fastpeft.train.save_masks wrote.")
     wanted = {_key(n): m for n, m in layers.items()}
