@@ -30,6 +30,7 @@ from fastpeft.ops.launch import kernels
 lowrank, dora = kernels("lowrank"), kernels("dora")
 sparse = kernels("sparse")
 kron, hadamard = kernels("kron"), kernels("hadamard")
+nf4 = kernels("nf4")
 tiles = lowrank.tiles
 
 TARGETS = {
@@ -47,6 +48,7 @@ PTX_F64 = r"\.f64\b"
 AMD_F64 = r"\bv_\w+_f64\b"
 NAMES = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
+    torch.uint8: "u8", torch.int8: "i8",
 }  # fmt: skip
 
 T, C, N_BLOCKS = 4096, 4096, 4
@@ -210,8 +212,37 @@ def hadamard_cases(
     }
 
 
+def nf4_cases(
+    bits: int, dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
+    """Codes of `bits` bits, with scales of their own and nested ones, and int8; of a weight of the usual size and a ragged one."""
+    per, u8, f32 = {2: 4, 4: 2}.get(bits, 1), torch.uint8, torch.float32
+
+    def codes(out: int, size: int, double: bool) -> None:
+        n, block = out * size, 64
+        blocks = -(-n // block)
+        scale = meta(blocks, dtype=u8 if double else f32)
+        inner = (meta(256, dtype=f32), meta(-(-blocks // 256), dtype=f32), meta(dtype=f32)) if double else (None,) * 3
+        levels = meta(2**bits, dtype=f32)
+        nf4.dequantise(
+            meta(out, size, dtype=dtype), meta(-(-n // per), dtype=u8), levels, scale, bits, per, block, *inner, 256
+        )
+
+    def rows(out: int, size: int) -> None:
+        nf4.dequantise_rows(meta(out, size, dtype=dtype), meta(out, size, dtype=torch.int8), meta(out, dtype=f32))
+
+    return {
+        "codes": lambda: codes(T, C, False),
+        "codes, nested scales": lambda: codes(T, C, True),
+        "codes, ragged": lambda: codes(37, 97, True),
+        "int8": lambda: rows(T, C),
+        "int8, ragged": lambda: rows(37, 97),
+    }
+
+
 CASES: dict[str, Callable[..., dict[str, Callable[[], Any]]]] = {
     "lowrank": lowrank_cases, "sparse": sparse_cases, "dora": dora_cases, "kron": kron_cases, "hadamard": hadamard_cases,
+    "nf4": nf4_cases,
 }  # fmt: skip
 # one rank per rank tile, ranks whose rows are not aligned, and ranks of several rank tiles; the default is a LoRA of rank 16
 EVERY = (*tiles.RANKS, 3, 20, 256)
@@ -227,10 +258,12 @@ KRON_EVERY = (
     (19, 33, 7, 65), (19, 33, 11, 65), (19, 33, 130, 65), (129, 33, 7, 65),
 )  # fmt: skip
 HADAMARD_DEFAULT = (4, 8)
+NF4_DEFAULT, NF4_EVERY = (4,), (4, 2, 3, 8)
 HADAMARD_EVERY = (1, 3, 4, 5, 8, 12, 16, 20, 32)
 # what `main` builds, default and all, where it is not DEFAULT and EVERY
 SIZES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "kron": (KRON_DEFAULT, KRON_EVERY), "hadamard": (HADAMARD_DEFAULT, HADAMARD_EVERY),
+    "nf4": (NF4_DEFAULT, NF4_EVERY),
 }  # fmt: skip
 
 
@@ -239,15 +272,18 @@ def recorded() -> Iterator[list[Launch]]:
     """Launches inside the block are kept and not run."""
     seen: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for kernel in (k for module in (lowrank, sparse, dora, kron, hadamard) for k in module.KERNELS):
+        for kernel in (k for module in (lowrank, sparse, dora, kron, hadamard, nf4) for k in module.KERNELS):
             stack.enter_context(mock.patch.object(kernel, "run", _recorder(kernel, seen)))
         yield seen
 
 
 def _recorder(kernel: Any, seen: list[Launch]) -> Callable[..., None]:
     def run(*args: Any, grid: Any, warmup: bool, num_warps: int, num_stages: int = 3, **kwargs: Any) -> None:
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        if "enable_fp_fusion" in kwargs:
+            options["enable_fp_fusion"] = kwargs.pop("enable_fp_fusion")
         bound = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
-        seen.append(Launch(kernel, dict(bound), {"num_warps": num_warps, "num_stages": num_stages}))
+        seen.append(Launch(kernel, dict(bound), options))
 
     return run
 
@@ -292,7 +328,7 @@ def row(case: str, launch: Launch, target: str) -> Row:
     text = compiled.asm["ptx"] if cuda else compiled.asm["amdgcn"]
     registers, spills = _cuda_usage(compiled.asm["cubin"]) if cuda else _amd_usage(text)
     arguments = launch.arguments
-    names = ("BT", "BO", "BC", "BI", "BJ", "BK", "BL", "BR", "RI", "P", "BLOCK")
+    names = ("BT", "BO", "BC", "BI", "BJ", "BK", "BL", "BR", "RI", "P", "BLOCK", "BYTES")
     sizes = [arguments[k] for k in names if k in arguments]
     tile = (
         "x".join(map(str, sizes))

@@ -7,6 +7,7 @@
 
 #include "dropout_cpu.h"
 #include "lowrank.h"
+#include "quant/quant.h"
 #include "sparse/sparse.h"
 #ifdef FASTPEFT_CUDA
 #include "dropout_cuda.h"
@@ -125,6 +126,20 @@ void sparse_restore(uintptr_t w, int64_t w_stride, int dtype, uintptr_t index, i
   need_fit(fit, "sparse_restore", rows, cols);
 }
 
+void dequantise(uintptr_t codes, int bits, uintptr_t levels, uintptr_t absmax, int64_t block, uintptr_t table, uintptr_t nested,
+                double offset, int64_t group, uintptr_t out, int dtype, int64_t numbers, int threads) {
+  const bool own = table == 0;
+  const fastpeft::Scales scales{floats(own ? absmax : nested), reinterpret_cast<const uint8_t*>(absmax), floats(table),
+                                static_cast<float>(offset), group};
+  fastpeft::dequantise({reinterpret_cast<const uint8_t*>(codes), bits, floats(levels), block}, scales,
+                       reinterpret_cast<void*>(out), dtype, numbers, threads);
+}
+
+void dequantise_rows(uintptr_t codes, uintptr_t absmax, uintptr_t out, int dtype, int64_t rows, int64_t cols, int threads) {
+  fastpeft::dequantise_rows(reinterpret_cast<const int8_t*>(codes), floats(absmax), reinterpret_cast<void*>(out), dtype, rows, cols,
+                            threads);
+}
+
 #ifdef FASTPEFT_CUDA
 void need_success(int error, const char* who) {
   if (error == -1) throw std::invalid_argument(std::string(who) + ": unknown dtype code");
@@ -220,6 +235,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("sparse_copy", &sparse_copy, py::call_guard<py::gil_scoped_release>());
     m.def("sparse_put", &sparse_put, py::call_guard<py::gil_scoped_release>());
     m.def("sparse_restore", &sparse_restore, py::call_guard<py::gil_scoped_release>());
+  }
+  if (fastpeft::quant_cpu().piece != nullptr) {
+    m.def("dequantise", &dequantise, py::call_guard<py::gil_scoped_release>());
+    m.def("dequantise_rows", &dequantise_rows, py::call_guard<py::gil_scoped_release>());
   }
   m.def("build_info", &build_info);
 }

@@ -11,13 +11,13 @@ import importlib
 from typing import Any
 
 from fastpeft.adapter import AdaptedLinear
+from fastpeft.catalogue import methods
 from fastpeft.checkpoint import load_adapter, save_adapter
 from fastpeft.export import export_lora
 from fastpeft.folder import CheckpointError
 from fastpeft.leave import adapters_off, merge, unload
 from fastpeft.linear import adapted_linear
 from fastpeft.ops.dropout import dropout_mask
-from fastpeft.registry import methods
 from fastpeft.report import Report
 from fastpeft.swap import adapt
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastpeft.base import Plain
 from fastpeft.linear import check_input, run_terms
-from fastpeft.registry import Method, Recipe, Site, check_options, get_recipe
+from fastpeft.packed import is_packed, packed_base, packed_forward
+from fastpeft.registry import Holder, Method, Recipe, Site, check_options, get_recipe
 from fastpeft.terms import Term
 
 FREED = (
@@ -123,18 +124,26 @@ def adapted_forward(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
     stored = adapter._modules.get("base")
     base = Plain(weight) if stored is None else stored.view()
     check_input(x, base)
-    return run_terms(x, base, module.bias, adapter.terms(base))
+    terms = adapter.terms(base)
+    if stored is None and len(terms) == 0:
+        return F.linear(x, weight, module.bias)
+    return run_terms(x, base, module.bias, terms)
 
 
 def base_of(module: Any) -> Any:
     """What the terms of an adapted layer are added to: the view of its own weight, or of what replaced it."""
     stored = module.adapter._modules.get("base")
-    return Plain(weight_of(module)) if stored is None else stored.view()
+    return own_base(module) if stored is None else stored.view()
+
+
+def own_base(module: Any) -> Any:
+    """The view of a layer's own weight."""
+    return packed_base(module) if is_packed(type(module)) else Plain(weight_of(module).detach())
 
 
 def release(module: Any) -> None:
     """Put the weight of an adapted layer back as it was, where a method holds it changed between forwards."""
-    if not freed(module):
+    if not freed(module) and not is_packed(type(module)):
         for method in module.adapter.methods().values():
             method.release(weight_of(module).detach())
 
@@ -162,7 +171,7 @@ class Build:
 
 
 def build_adapter(
-    name: str, base: Any, build: Build, options: Mapping[str, Any], holders: Mapping[str, nn.Module] | None = None
+    name: str, base: Any, build: Build, options: Mapping[str, Any], holders: Mapping[str, Holder] | None = None
 ) -> Adapter:
     """The adapter of one linear layer; holders: of the recipes that share parameters between sites.
 
@@ -178,23 +187,43 @@ def build_adapter(
     if build.quantize is not None:
         from fastpeft.quantised import store
 
-        stored = store(name, base, build.quantize, build.blank)
+        if base.W is None:
+            raise ValueError(f"adapt: quantize={build.quantize!r} at {name!r}, whose weight is quantised already; leave it out.")
+        stored = store(name, base, build.quantize)
     seen = base if stored is None else stored.view()
     built = build_methods(name, seen, build.recipes, options, holders)
     if sum("gain" in m.ROLES.values() for m in built.values()) > 1:
         raise ValueError(f"adapt: {list(built)} both scale the output; two gains at one layer do not compose. Choose one.")
+    return Adapter(built, _started(name, base, seen, stored, built, build))
+
+
+def _started(
+    name: str, base: Any, seen: Any, stored: nn.Module | None, built: Mapping[str, Method], build: Build
+) -> nn.Module | None:
+    """What stands for the base weight after every method's start; stored: what stands for it already. ValueError if it cannot."""
+    site = site_of(name, seen)
     blank = build.blank or base.device.type == "meta"
     for kind, m in built.items():
-        replaced = m.start(lambda: base.dense(torch.promote_types(base.dtype, torch.float32)), blank)
-        if replaced is not None and stored is not None:
+        with torch.no_grad():
+            replaced = m.start(site, lambda: base.dense(torch.promote_types(base.dtype, torch.float32)), blank)
+        if replaced is None:
+            continue
+        if stored is not None:
             other = f"quantize={build.quantize!r}" if build.quantize else "another method of the list"
             raise ValueError(f"adapt: {kind} replaces the base weight of {name!r}, and so does {other}; leave one of them out.")
-        stored = replaced if stored is None else stored
-    return Adapter(built, stored)
+        if base.W is None:
+            raise ValueError(f"adapt: {kind} replaces the base weight of {name!r}, which is quantised already; load it unquantised.")
+        stored = replaced
+    if any(m.overlay for m in built.values()) and (stored is not None or base.W is None):
+        how = "quantised" if stored is None else "replaced"
+        raise ValueError(f"adapt: overlay=True at {name!r}, whose base weight is {how}; use apply='copy'.")
+    if stored is not None and build.quantize is None and any("gain" in m.ROLES.values() for m in built.values()):
+        raise ValueError(f"adapt: a gain at {name!r} starts at the norm of its weight, which {list(built)} replaces; choose one.")
+    return stored
 
 
 def build_methods(
-    name: str, base: Any, found: list[Recipe], options: Mapping[str, Any], holders: Mapping[str, nn.Module] | None = None
+    name: str, base: Any, found: list[Recipe], options: Mapping[str, Any], holders: Mapping[str, Holder] | None = None
 ) -> dict[str, Method]:
     """The methods of one site."""
     site, holders = site_of(name, base), holders or {}
@@ -212,14 +241,24 @@ def own_options(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shared_holders(
-    found: list[Recipe], sites: Mapping[str, tuple[Any, Mapping[str, Any]]]
-) -> tuple[nn.ModuleDict, dict[str, dict[str, nn.Module]]]:
-    """(all holders by `<recipe>_<key>`, site -> recipe -> holder) for sites: name -> (base, options)."""
+    found: list[Recipe], sites: Mapping[str, tuple[Any, Mapping[str, Any]]], blank: bool = False
+) -> tuple[nn.ModuleDict, dict[str, dict[str, Holder]]]:
+    """(all holders by `<recipe>_<key>`, site -> recipe -> holder) for sites: name -> (base, options); blank: as Build has it.
+
+    ValueError where sites that would share parameters lie on several devices, or want them in several dtypes.
+    """
+    blank = blank or any(base.device.type == "meta" for base, _ in sites.values())
     every, by_site = nn.ModuleDict(), {name: {} for name in sites}  # type: ignore[var-annotated]
     for r in found:
         if r.cls.SHARES:
-            own = [(site_of(n, base), r.options | own_options(r, options)) for n, (base, options) in sites.items()]
-            for key, (holder, names) in r.cls.share(own).items():
+            own = {n: (site_of(n, base), r.options | own_options(r, options)) for n, (base, options) in sites.items()}
+            for key, (holder, names) in r.cls.share(list(own.values()), blank).items():
+                kinds = sorted({f"{own[n][0].dtype} on {own[n][0].device}" for n in names})
+                if len(kinds) > 1:
+                    raise ValueError(
+                        f"adapt: {r.name} shares parameters between {names[0]!r} and {len(names) - 1} other layers, which need "
+                        f"them as {' and as '.join(kinds)}; put these layers in one place and dtype, or choose fewer of them."
+                    )
                 every[f"{r.name}_{key}"] = holder
                 for name in names:
                     by_site[name][r.name] = holder
@@ -232,10 +271,14 @@ _CLASSES: dict[type, type] = {nn.Linear: AdaptedLinear}
 def adapted_class(cls: type) -> type:
     """The class that a layer of class `cls` changes into: AdaptedLinear, or a subclass of it and of `cls`.
 
-    cls must be nn.Linear, a subclass that does not override forward, or Transformers' Conv1D.
+    cls must be nn.Linear, a subclass that does not override forward, bitsandbytes' Linear4bit or Linear8bitLt, or Transformers'
+    Conv1D.
     """
     if cls not in _CLASSES:
-        if issubclass(cls, nn.Linear):
+        if is_packed(cls):
+            own = {"forward": packed_forward, "__module__": cls.__module__}
+            _CLASSES[cls] = type(f"Adapted{cls.__name__}", (AdaptedLinear, cls), own)
+        elif issubclass(cls, nn.Linear):
             _CLASSES[cls] = type(f"Adapted{cls.__name__}", (AdaptedLinear, cls), {"__module__": cls.__module__})
         else:
             own = {"forward": _conv1d_forward, "_save_to_state_dict": _conv1d_save, "__module__": cls.__module__}

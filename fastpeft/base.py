@@ -1,12 +1,13 @@
 """Frozen views of a weight: the only thing of the base layer that ops and methods see.
 
-A storage format (dense here; NF4, int8 and factored later) is one class with these few methods, so that no method and no
-op is written once per format.
+A storage format (dense here; NF4 and int8 in fastpeft.quantised) is one class with these few methods, so that no method and
+no op is written once per format.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,53 @@ def _cast(W: Tensor, dtype: torch.dtype) -> Tensor:
     return W if W.dtype is dtype else W.to(dtype)
 
 
-class Plain:
+class Base:
+    """What follows from `forward`, `grad_linear` and `weight` of any storage format.
+
+    W: the weight itself where it lies in memory, else None: ops that would use it in place ask.   trains: whether it wants a
+    gradient, which only a W can.
+    """
+
+    __slots__ = ()
+    W: Any = None
+    trains: bool = False
+
+    def weight(self, after: Tensor | None = None) -> Tensor:
+        """W [out, in] in the base's dtype, detached, to be read before anything else is computed with a base weight.
+
+        after: the gradient that a backward pass has, where one reads W (see fastpeft.ops.nf4.dequantise).
+        """
+        raise NotImplementedError
+
+    def in_backward(self, d: Tensor) -> Any:
+        """The base as a backward pass that has the gradient d reads it."""
+        return self
+
+    def linear(self, rows: Tensor) -> Tensor:
+        """rows [R, in] -> rows W^T [R, out] in rows' dtype, differentiable in rows. For methods: W A^T is linear(A)^T."""
+        return _BaseLinear.apply(rows, self)
+
+    def row_sq_norm(self, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+        """||W + B A||^2 of each row, [out]; fp32 (fp64 if W or A is), differentiable in A [R, in] and B [out, R].
+
+        One pass over W in slabs of rows; W + B A is never formed as a whole and never expanded into
+        ||W||^2 + 2<B, W A^T> + ..., which loses every digit where a row nearly cancels.
+        """
+        if self.trains and A is not None and A.requires_grad:
+            raise ValueError(_W_TRAINS.format("row_sq_norm"))
+        return row_sq_norm(self, A, B)
+
+    def row_gain(self, m: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, *, constant: bool = False) -> Tensor:
+        """m / ||W + scale B A|| of each row, [out] in m's dtype; 1 where that norm is zero. The norm is row_sq_norm's.
+
+        Differentiable in m [out] and, unless the norm is `constant`, in A [R, in] and B [out, R]; ValueError if W trains then.
+        """
+        if not constant and self.trains:
+            raise ValueError(_W_TRAINS.format("row_gain"))
+        return row_gain(m, self, A, B, scale, not constant)
+
+
+class Plain(Base):
     """A dense weight W [out, in] of any strides (a Transformers Conv1D passes its weight transposed)."""
 
     __slots__ = ("W",)
@@ -54,9 +101,12 @@ class Plain:
         return self.W.device
 
     @property
-    def trains(self) -> bool:
+    def trains(self) -> bool:  # type: ignore[override]
         """Whether W wants a gradient (a user unfroze it): ops read `W` itself then."""
         return self.W.requires_grad
+
+    def weight(self, after: Tensor | None = None) -> Tensor:
+        return self.W.detach()
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [tokens, in] -> x W^T (+ bias) [tokens, out] in x's dtype; no autograd (ops call it)."""
@@ -95,29 +145,6 @@ class Plain:
             for s in row_blocks(dz.shape[0], GEMM_ROWS):
                 dx[s].addmm_(scale_rows(dz[s], gain), _cast(self.W, dz.dtype))
 
-    def linear(self, rows: Tensor) -> Tensor:
-        """rows [R, in] -> rows W^T [R, out] in rows' dtype, differentiable in rows. For methods: W A^T is linear(A)^T."""
-        return _BaseLinear.apply(rows, self)
-
-    def row_sq_norm(self, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
-        """||W + B A||^2 of each row, [out]; fp32 (fp64 if W or A is), differentiable in A [R, in] and B [out, R].
-
-        One pass over W in slabs of rows; W + B A is never formed as a whole and never expanded into
-        ||W||^2 + 2<B, W A^T> + ..., which loses every digit where a row nearly cancels.
-        """
-        if self.W.requires_grad and A is not None and A.requires_grad:
-            raise ValueError(_W_TRAINS.format("row_sq_norm"))
-        return row_sq_norm(self.W.detach(), A, B)
-
-    def row_gain(self, m: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, *, constant: bool = False) -> Tensor:
-        """m / ||W + scale B A|| of each row, [out] in m's dtype; 1 where that norm is zero. The norm is row_sq_norm's.
-
-        Differentiable in m [out] and, unless the norm is `constant`, in A [R, in] and B [out, R]; ValueError if W trains then.
-        """
-        if not constant and self.W.requires_grad:
-            raise ValueError(_W_TRAINS.format("row_gain"))
-        return row_gain(m, self.W.detach(), A, B, scale, not constant)
-
     def plus(self, delta: Tensor, scale: float = 1.0) -> Plain:
         """W + scale * delta, added in W's dtype, in a workspace: good for the next product only (ops call it)."""
         W = self.W.detach()
@@ -145,7 +172,7 @@ class Plain:
 
 class _BaseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, base: Plain) -> Tensor:
+    def forward(ctx, rows: Tensor, base: Any) -> Tensor:
         ctx.base = base
         return base.forward(rows)
 

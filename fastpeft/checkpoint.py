@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from fastpeft.adapter import is_conv1d
 from fastpeft.folder import LIBRARY, CheckpointError, read_folder, write_folder
 from fastpeft.leave import unload
-from fastpeft.record import RECORD, SHARED, Adaptation, adaptation
-from fastpeft.registry import Method, PeftFormat, get_recipe
+from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
+from fastpeft.registry import Method, PeftFormat, Recipe, get_recipe
 from fastpeft.report import Report
 from fastpeft.swap import build_and_attach
 from fastpeft.targets import checked_targets, matches, output_head
@@ -29,11 +29,13 @@ _SETTINGS: dict[str, Any] = dict.fromkeys(
     ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
 )
 _PREFIX = "base_model.model."
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters, trained modules and trained biases of an adapted model into `folder` (made if absent).
 
-    lora, lora_fa, dora and loha are written in PEFT's own layout and load in stock PEFT; loha not where PEFT's cannot hold it
+    lora, lora_fa, dora, adalora and loha are written in PEFT's own layout and load in stock PEFT; loha not where PEFT's cannot hold it
     (trained biases, Conv1D layers, a LyCORIS scale). ValueError if the model is not adapted, OSError if the folder cannot be
     written; the folder then still holds the checkpoint it held before.
     """
@@ -43,13 +45,17 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if broken:
         warnings.warn(f"save_adapter: these tensors are not finite: {some(broken)}; load_adapter will refuse this folder.", stacklevel=2)
     meta = {"methods": record.methods, "options": record.options}
+    meta |= {key: getattr(record, key) for key in _PATTERNS if getattr(record, key)}
     if record.quantize:
         meta["quantize"] = record.quantize
-    write_folder(Path(folder), tensors, _config(model, record), meta)
+    config, form = _config(model, record), _peft_format(model, record)
+    if form is not None and form.pack is not None:
+        config, tensors = form.pack(config, tensors)
+    write_folder(Path(folder), tensors, config, meta)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
-    """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA, LoHa, LoKr, SHiRA) into `model`; returns the Report.
+    """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA, AdaLoRA, LoHa, LoKr, SHiRA) into `model`; returns the Report.
 
     A .safetensors file in a folder's place is read as LyCORIS' (fastpeft.integrations.lycoris.load_lycoris).
     A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes.
@@ -107,14 +113,17 @@ def _state(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
 
 
 def _beside_methods(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
-    """What the checkpoint holds and no method owns: shared parameters, bases that a start replaced, trained modules."""
+    """What the checkpoint holds and no method owns: shared parameters, bases that a start replaced, trained modules and parameters."""
     state: dict[str, Tensor] = {}
-    if SHARED in model._modules:
-        state |= {file_key(SHARED, k): t for k, t in model.get_submodule(SHARED).state_dict(keep_vars=True).items()}
+    for name, holder in holders_of(model, record).items():
+        state |= {file_key(f"{SHARED}.{name}", k): t for k, t in holder.state_dict(keep_vars=True).items()}
     for site in record.sites:
         stored = model.get_submodule(site).adapter._modules.get("base")
         if stored is not None and not record.quantize:  # which is made again from the weight, to the bit
             state |= {file_key(site, f"adapter.base.{k}"): t for k, t in stored.state_dict(keep_vars=True).items()}
+    for name in record.trained:
+        path, _, leaf = name.rpartition(".")
+        state[file_key(path, f"base_layer.{leaf}" if path in record.sites else leaf)] = model.get_parameter(name)
     return state | beside_adapters(model, record)
 
 
@@ -149,7 +158,7 @@ def _peft_format(model: nn.Module, record: Adaptation) -> PeftFormat | None:
     """PEFT's layout of the method, where the checkpoint is in it: PEFT has the method and can express all that was asked."""
     recipe = get_recipe(record.methods[0])
     form = recipe.cls.PEFT
-    if form is None or len(record.methods) > 1 or form.config(recipe.options | record.options) is None:
+    if form is None or len(record.methods) > 1 or form.config(_asked(recipe, record.options, vars(record))) is None:
         return None
     needs = {
         "bias": record.bias != "none",
@@ -160,6 +169,11 @@ def _peft_format(model: nn.Module, record: Adaptation) -> PeftFormat | None:
     return None if any(needs[field] for field in form.lacks) else form
 
 
+def _asked(recipe: Recipe, options: Mapping[str, Any], patterns: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's options with the two patterns beside them: what a PeftFormat's config is made from."""
+    return recipe.options | dict(options) | {key: patterns.get(key) or {} for key in _PATTERNS}
+
+
 def _conv1d(model: nn.Module, record: Adaptation) -> bool:
     return any(is_conv1d(model.get_submodule(s)) for s in record.sites)
 
@@ -167,7 +181,7 @@ def _conv1d(model: nn.Module, record: Adaptation) -> bool:
 def _config(model: nn.Module, record: Adaptation) -> dict[str, Any]:
     recipe = get_recipe(record.methods[0])
     if form := _peft_format(model, record):
-        return peft_config(model, record, form, recipe.options | record.options)
+        return peft_config(model, record, form, _asked(recipe, record.options, vars(record))) | record.peft_fields
     # where PEFT has the method, its peft_type would make PEFT read a folder that it cannot read
     plain = len(record.methods) == 1 and recipe.cls.PEFT is None
     return {
@@ -229,10 +243,11 @@ def _plan(
                 get_recipe(name)
             return list(config["methods"]), {k: config.get(k) for k in keys}, dict(config["options"])
         name, settings, options = from_dict(config, model)
-        name = _method_of(config, meta, name)
+        if (own := _method_of(config, meta, name)) != name:  # whose config is made from its options, and need not hold them
+            return [own], settings | {k: meta[k] for k in _PATTERNS if k in meta}, dict(meta.get("options", {}))
         extra = {k: v for k, v in meta.get("options", {}).items() if meta.get("methods") == [name]}
         return [name], settings, extra | {k: v for k, v in options.items() if k in get_recipe(name).options}
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"load_adapter: the config in {folder} cannot be used: {e}") from e
 
 
@@ -243,7 +258,7 @@ def _method_of(config: Mapping[str, Any], meta: Mapping[str, Any], plain: str) -
         return plain
     recipe = get_recipe(saved[0])
     own = recipe.cls.PEFT
-    fields = {} if own is None else own.config(recipe.options | dict(meta.get("options", {})))
+    fields = {} if own is None else own.config(_asked(recipe, meta.get("options", {}), meta))
     return recipe.name if fields and all(config.get(k) == v for k, v in fields.items()) else plain
 
 
@@ -255,8 +270,10 @@ def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], o
         defaults |= get_recipe(name).options
     # as JSON holds them: a pair is a list there
     mine, theirs = (json.loads(json.dumps(defaults | dict(own))) for own in (record.options, options))
-    wrong = {k: (theirs[k], mine[k]) for k in mine if not k.endswith("dropout") and mine[k] != theirs.get(k)}
-    for key in ("rank_pattern", "alpha_pattern"):
+    begin = {k for name in record.methods for k in get_recipe(name).cls.BEGIN}
+    kept = [k for k in mine if not k.endswith("dropout") and k not in begin]
+    wrong = {k: (theirs.get(k), mine[k]) for k in kept if mine[k] != theirs.get(k)}
+    for key in _PATTERNS:
         if (settings.get(key) or {}) != getattr(record, key):
             wrong[key] = (settings.get(key), getattr(record, key))
     try:

@@ -43,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_bench(verbs.add_parser("bench", help="time one layer: frozen, under PEFT, under fastpeft"))
     methods = verbs.add_parser("methods", help="list every method with its options")
-    methods.add_argument("--json", action="store_true", help="for machines")
+    form = methods.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="for machines")
+    form.add_argument("--markdown", action="store_true", help="METHODS.md")
     methods.set_defaults(run=_methods)
     env = verbs.add_parser("env", help="what is installed here, to paste into an issue")
     env.set_defaults(run=_env)
@@ -77,6 +79,7 @@ def _add_finetune(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--text-column", default=d.text_column, help="default: %(default)s")
     what.add_argument("--label-column", default=d.label_column, help="default: %(default)s")
     _add_method(parser)
+    _add_procedures(parser)
     add(
         "--target-modules",
         nargs="+",
@@ -158,17 +161,42 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_procedures(parser: argparse.ArgumentParser) -> None:
+    how = parser.add_argument_group("procedures around each step")
+    how.add_argument(
+        "--procedure",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a class of fastpeft.train to attach beside what the method brings, such as LoRAPlus; repeatable",
+    )
+    how.add_argument(
+        "--procedure-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of an attached procedure, such as ratio=8; repeatable",
+    )
+
+
 def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """--rank, --alpha, --dropout and every --option; values are Python literals, else text. JobError for one
     given twice."""
+    given = [(name, getattr(arguments, name)) for name in ("rank", "alpha", "dropout")]
+    return _options(arguments.verb, "option", arguments.option, [(n, v) for n, v in given if v is not None])
+
+
+def _options(
+    verb: str, flag: str, texts: Sequence[str], given: Sequence[tuple[str, Any]] = ()
+) -> dict[str, Any]:
+    """What the NAME=VALUE texts of a repeatable flag say, after what was given in another way."""
     from fastpeft.job.errors import JobError
 
-    given = [(name, getattr(arguments, name)) for name in ("rank", "alpha", "dropout")]
-    pairs: list[tuple[str, Any]] = [(name, value) for name, value in given if value is not None]
-    for text in arguments.option:
+    pairs = list(given)
+    for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name.strip().isidentifier():
-            raise JobError(f"{arguments.verb}: --option {text!r}; it must be NAME=VALUE, such as rank=8.")
+            raise JobError(f"{verb}: --{flag} {text!r}; it must be NAME=VALUE, such as rank=8.")
         try:
             pairs.append((name.strip(), ast.literal_eval(value.strip())))
         except (ValueError, SyntaxError):
@@ -176,7 +204,7 @@ def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for name, value in pairs:
         if name in options:
-            raise JobError(f"{arguments.verb}: option {name!r} was given twice.")
+            raise JobError(f"{verb}: {flag.replace('-', ' ')} {name!r} was given twice.")
         options[name] = value
     return options
 
@@ -212,6 +240,8 @@ def _finetune(arguments: argparse.Namespace) -> None:
     settings = Settings(
         **{name: getattr(arguments, name) for name in same + more},
         options=method_options(arguments),
+        procedures=tuple(arguments.procedure),
+        procedure_options=_options(arguments.verb, "procedure-option", arguments.procedure_option),
         target_modules=target_modules(arguments.target_modules),
         seeds=seeds,
         compare=not arguments.no_compare,
@@ -285,7 +315,11 @@ def _methods(arguments: argparse.Namespace) -> None:
     import dataclasses
 
     import fastpeft
+    from fastpeft.catalogue import markdown
 
+    if arguments.markdown:
+        print(markdown(), end="")
+        return
     table = fastpeft.methods()
     print(json.dumps([dataclasses.asdict(m) for m in table], indent=2) if arguments.json else table)
 

@@ -22,11 +22,23 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters as a plain PEFT LoRA (scale 1, scales folded into B), wherever low-rank and Kronecker terms are all there is.
 
     Block-diagonal factors are expanded, several terms at a layer are concatenated by rank; no rank exceeds the layer's own.
-    Raises ValueError, writing nothing, for a gain, a token-dependent part or an adapter beside an FFN: no plain LoRA equals
-    those.
+    Raises ValueError, writing nothing, for a gain, a token-dependent part, an adapter beside an FFN, a base weight that a start
+    replaced (loftq), or parameters of the model that trained (galore, lisa): no plain LoRA equals those. With `quantize` it is one for that quantised base.
     """
     record = adaptation(model, "export_lora")
     refuse_ffns(model, record, "export_lora")
+    if record.trained:
+        raise ValueError(
+            f"export_lora: {'+'.join(record.methods)} trained {len(record.trained)} of the model's own parameters "
+            f"({record.trained[0]}, ...), which no LoRA on the original weights holds; save_adapter writes them."
+        )
+    for site in record.sites:
+        adapter = model.get_submodule(site).adapter
+        if "base" in adapter._modules and not record.quantize:
+            raise ValueError(
+                f"export_lora: {'+'.join(adapter.names)} replaced the base weight of {site!r}, and its factors mean nothing on the "
+                "original one; save_adapter keeps both, merge makes one dense weight of them."
+            )
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     biased = []

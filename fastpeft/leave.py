@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from fastpeft.adapter import FREED, base_of, freed, is_conv1d, release
 from fastpeft.beside import detach
-from fastpeft.record import RECORD, SHARED, Adaptation, adaptation
+from fastpeft.packed import is_packed, unpack
+from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
 from fastpeft.targets import shared_weights
 from fastpeft.terms import Term, effective_bias, effective_weight, refuse_tokenwise
+from fastpeft.trained import beginnings, refuse_lost, restore
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -23,6 +25,7 @@ def unload(model: nn.Module) -> nn.Module:
     were let go with keep_base=False.
     """
     record = adaptation(model, "unload")
+    refuse_lost(record, "unload")
     for name in record.classes:
         if freed(model.get_submodule(name)):
             raise ValueError(f"unload: {name!r}: {FREED} merge gives a dense weight of base and adapter.")
@@ -37,6 +40,7 @@ def unload(model: nn.Module) -> nn.Module:
     for name, value in record.biases.items():
         with torch.no_grad():
             model.get_parameter(name).copy_(value)
+    restore(model, record)
     _finish(model, record)
     return model
 
@@ -45,7 +49,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its weight and bias, in place, and remove it. Returns the model.
 
     W + delta is formed in fp32 (fp64 for an fp64 base) and rounded once. Modules of modules_to_save and trained biases keep
-    their trained values. A base that a start or `quantize` replaced is made dense: nothing of it is rounded again, but the
+    their trained values. A base that a start or `quantize` replaced is made dense, and a layer of bitsandbytes an nn.Linear: nothing of it is rounded again, but the
     result has the size of the original and not of the quantised weight, and what quantisation lost stays lost.
     Not reversible: keep a copy, or the saved adapter, if the original weights are needed again.
     Raises ValueError, changing nothing, where a method has no single weight, a weight is shared with another module, or a
@@ -60,6 +64,13 @@ def merge(model: nn.Module) -> nn.Module:
     modules = {name: model.get_submodule(name) for name in record.sites}
     for module in modules.values():
         release(module)
+    with _shared_open(model, record):
+        _merge_all(modules, record)
+    _finish(model, record)
+    return model
+
+
+def _merge_all(modules: Mapping[str, Any], record: Adaptation) -> None:
     # twice over the layers and not a second copy of all weights: an error found at the last layer must change nothing
     for name, module in modules.items():
         for merged in _merged(module):
@@ -67,18 +78,34 @@ def merge(model: nn.Module) -> nn.Module:
                 raise ValueError(f"merge: the merged weight or bias of {name!r} is not finite; the model is unchanged.")
     for name, module in modules.items():
         weight, bias = _merged(module)
+        packed = is_packed(type(module)) and "base" not in module.adapter._modules
         if freed(module):
             dense = weight.t().contiguous() if is_conv1d(module) else weight
             module.weight = nn.Parameter(dense, requires_grad=False)
         with torch.no_grad():
-            module.weight.copy_(weight.t() if is_conv1d(module) else weight)
+            if not packed:
+                module.weight.copy_(weight.t() if is_conv1d(module) else weight)
             if bias is not None and module.bias is not None:
                 module.bias.copy_(bias)
         if bias is not None and module.bias is None:
             module.bias = nn.Parameter(bias, requires_grad=False)
         _strip(module, record.classes[name])
-    _finish(model, record)
-    return model
+        if packed:
+            unpack(module, weight)
+
+
+@contextlib.contextmanager
+def _shared_open(model: nn.Module, record: Adaptation) -> Iterator[None]:
+    """As within a forward without gradients: what all layers take from one composition is composed once."""
+    holders = [h for h in holders_of(model, record).values() if h.per_forward]
+    try:
+        with torch.no_grad():
+            for holder in holders:
+                holder.open()
+        yield
+    finally:
+        for holder in holders:
+            holder.close()
 
 
 def refuse_ffns(model: nn.Module, record: Adaptation, who: str) -> None:
@@ -121,6 +148,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     With overlay=True the weights are put back first, and RuntimeError says so where a backward is still to come.
     """
     record = adaptation(model, "adapters_off")
+    refuse_lost(record, "adapters_off")
     adapters = [model.get_submodule(name).adapter for name in record.sites]
     for name in record.classes:
         module: Any = model.get_submodule(name)
@@ -130,6 +158,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
                 "now. Run that backward first (or drop its output), or adapt with apply='copy'."
             )
         release(module)
+    adapters += holders_of(model, record).values()
     enabled = [a.enabled for a in adapters]
     modules = {name: model.get_submodule(name) for name in record.originals}
     biases = {name: model.get_parameter(name) for name in record.biases}
@@ -144,7 +173,8 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             owner, _, leaf = name.rpartition(".")
             stand_in = value.to(biases[name].device, biases[name].dtype)
             model.get_submodule(owner)._parameters[leaf] = nn.Parameter(stand_in, requires_grad=False)
-        yield model
+        with beginnings(model, record):
+            yield model
     finally:
         for a, flag in zip(adapters, enabled, strict=True):
             a.enabled = flag
@@ -176,8 +206,9 @@ def _restore_module(model: nn.Module, name: str, original: nn.Module) -> None:
 
 def _finish(model: nn.Module, record: Adaptation) -> None:
     """Holders, flags and attributes back as they were, and the record gone."""
-    if SHARED in model._modules:
-        del model._modules[SHARED]
+    for handle in record.shared_hooks:
+        handle.remove()
+    model.get_submodule(record.shared_at)._modules.pop(SHARED, None)
     for name, parameter in model.named_parameters():
         if name in record.flags:
             parameter.requires_grad_(record.flags[name])

@@ -13,7 +13,7 @@ from fastpeft.ops import lowrank, small
 from fastpeft.ops.dropout import draw_seed
 from fastpeft.ops.family import resolve
 from fastpeft.ops.parts import Part
-from fastpeft.ops.seam import Down, One, OnePlan, Post, Up, Whole
+from fastpeft.ops.seam import Down, One, OnePlan, Up, Whole, after_up
 from fastpeft.ops.steps import Plan, Read, Write
 from fastpeft.parts import part_of
 from fastpeft.terms import Bias, Gain, KhatriRao, LowRank, Term, validate
@@ -192,7 +192,7 @@ def _with_middles(
         if t.post is None:
             pairs += (v, t.B)
         else:
-            added = Post.apply(v, t.B, t.scale, t.post)
+            added = after_up(v, t.B, t.scale, t.post)
             extra = added if extra is None else extra + added
     keep = (*(grad and B.requires_grad for B in pairs[1::2]), grad and g is not None and g.requires_grad)
     detached = [t.detach() for t in own]

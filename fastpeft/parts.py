@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.ops import dense, khatri_rao, kron, sparse
+from fastpeft.ops import composed, dense, khatri_rao, kron, sparse
 from fastpeft.ops.parts import Part
-from fastpeft.terms import Dense, Kron, LowRank, Sparse, Term
+from fastpeft.terms import Composed, Dense, Kron, LowRank, Sparse, Term, plain_delta
 
 
 def part_of(
@@ -26,7 +26,13 @@ def part_of(
         case Sparse():
             return Part(_sparse(term, base, on_base, triton), 2, 1.0), (term.values, term.index)
         case Dense():
-            return Part(_dense(term.delta, on_base and exact), 1, 1.0), (term.delta,)
+            if isinstance(term.delta, Composed) and not torch.compiler.is_compiling():
+                family = composed.OnBase if on_base and exact else composed.Own
+                return Part(family(term.delta.compose), len(term.delta.tensors), 1.0), term.delta.tensors
+            # a compiler decides itself what it keeps and what it computes again
+            delta = plain_delta(term)
+            tensors = (delta, delta.detach()) if torch.compiler.is_compiling() else (delta,)
+            return Part(_dense(delta, on_base and exact), len(tensors), 1.0), tensors
         case LowRank():
             ops = _khatri_rao(term, base, on_base and exact, triton)
             return Part(ops, 4, term.scale), (*term.A, *term.B)  # type: ignore[misc]
@@ -48,13 +54,17 @@ def _sparse(term: Sparse, base: Any, on_base: bool, triton: bool) -> Any:
     if term.apply == "overlay":
         if not on_base:
             raise ValueError("adapted_linear: an overlay cannot stand under a gain with dropout; use apply='copy'.")
+        if base.W is None:
+            raise ValueError("adapted_linear: an overlay stays in the weight itself, and this one is quantised; use apply='copy'.")
         if torch.compiler.is_compiling():
             raise RuntimeError("adapted_linear: an overlay writes W in place, which compiled code cannot; use apply='copy'.")
         return sparse.Overlaid(code, term.overlay)
     if term.apply == "exact" or not on_base:
         return sparse.Exact(code, (base.out_features, base.in_features))
-    # traced code has no order in which others could read W: the copy, which has the same bits
-    kind = sparse.Window if term.apply == "window" and not torch.compiler.is_compiling() else sparse.Copy
+    # traced code has no order in which others could read W: the copy, which has the same bits; so it has where W is stored in
+    # another form, whose dense copy is made for the product anyway
+    window = term.apply == "window" and base.W is not None and not torch.compiler.is_compiling()
+    kind = sparse.Window if window else sparse.Copy
     return kind(code)
 
 

@@ -2,7 +2,7 @@
 
 A *method* owns parameters and returns terms. A *recipe* is what a paper prescribes: method, start (initialisation),
 procedures (what happens around an optimiser step) and defaults. `@method` registers a class together with its own recipe;
-`recipe` adds further ones. Files in fastpeft/method and fastpeft/start are found by listing the folder on first use.
+`recipe` adds further ones. Files in fastpeft/method are found by listing the folder on first use.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastpeft.base import Plain
-from fastpeft.terms import Bias, Kron, LowRank, Term, is_linear
+from fastpeft.terms import Term
 
 
 @dataclass(frozen=True)
@@ -57,12 +56,14 @@ class Site:
 class PeftFormat:
     """How PEFT stores a method: its peft_type, the file key of each parameter, and the config fields of given options.
 
-    config: None where PEFT cannot express the options; the folder is then fastpeft's own.
+    config: None where PEFT cannot express the options; the folder is then fastpeft's own. Its argument may hold rank_pattern and
+        alpha_pattern beside the options, and its result too, where PEFT's differ.
     config_class: its name in peft.   start: the field that says how PEFT initialises.
     reads: config field -> option; empty where another method of the same peft_type is what its configs are read as.
     lacks: what LoraConfig holds and this class does not (bias, fan_in_fan_out, rank_pattern, alpha_pattern).
     silent: config fields that this class holds and that do not change what the layer computes.
     unpack(config, tensors of the file) -> tensors as `keys` names them, where PEFT writes others; ValueError if they disagree.
+    pack(config, tensors) -> both as they are to be written.
     """
 
     peft_type: str
@@ -74,6 +75,7 @@ class PeftFormat:
     lacks: frozenset[str] = frozenset()
     silent: frozenset[str] = frozenset()
     unpack: Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+    pack: Callable[[dict[str, Any], dict[str, torch.Tensor]], tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,43 @@ class Notes:
     deviations: tuple[str, ...] = ()
 
 
+class Holder(nn.Module):
+    """Parameters that several sites share; ROLES as a Method's.
+
+    per_forward: whether open() stands before each forward of the adapted root and close() after it, also after an error.
+    enabled: false while the adapters are off.
+    """
+
+    ROLES: ClassVar[Mapping[str, str]] = {}
+    per_forward: bool = False
+    enabled: bool = True
+    _reduced: bool = False
+
+    def used(self) -> None:
+        """A layer reads these parameters: its terms() says so first.
+
+        RuntimeError in the recompute of a reentrant checkpoint under DistributedDataParallel, which would take the part of the
+        gradient that comes first for the whole, and in some models silently. (With static_graph=True it waits for the rest.)
+        """
+        if torch.compiler.is_compiling():
+            return
+        if torch._C._current_graph_task_id() == -1:
+            ddp = nn.parallel.DistributedDataParallel._active_ddp_module
+            self._reduced = ddp is not None and not ddp.static_graph
+        elif self._reduced and torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+            # (the other kind of checkpoint recomputes under hooks of its own)
+            raise RuntimeError(
+                "several layers share parameters, whose gradients DistributedDataParallel cannot collect from reentrant "
+                "checkpoints; use use_reentrant=False, or DistributedDataParallel(..., static_graph=True)."
+            )
+
+    def open(self) -> None:
+        """A forward of the adapted root begins."""
+
+    def close(self) -> None:
+        """It is over."""
+
+
 class Method(nn.Module):
     """What every method is: parameters, their ROLES, and terms(base). Options are __init__'s keyword-only arguments.
 
@@ -97,17 +136,24 @@ class Method(nn.Module):
     reports read it. NOTES is its entry in METHODS.md. PEFT is None where PEFT has no such method.
     SITE says what it sits on: "linear", or "ffn": beside a whole feed-forward block, whose output becomes
     FFN(x) + sum of terms(x) + residual() * x. Only Kron and Bias terms are known there.
-    PROCEDURE names the class in fastpeft.train without which the method does not train as its paper says.
-    SHARES: parameters that several sites use live in holders, which `share` makes; __init__ takes (site, holder).
+    PROCEDURE names the class in fastpeft.train without which the method does not train as its paper says; attached: whether it is
+    (need_procedure raises where it is not).
+    TRAINS_ALL: every parameter of the model goes on training, adapted or not.   writes_base: the procedure writes the layer's weight.
+    SHARES: parameters that several sites use live in holders, which `share` makes; __init__ takes (site, holder or None).
+    BEGIN: options that only say where its values begin; a checkpoint of another beginning loads.
     overlay: the fastpeft.overlay.Overlay of a method that keeps W changed between forwards.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {}
-    NOTES: ClassVar[Notes]
+    NOTES: ClassVar[Notes | None] = None
     PEFT: ClassVar[PeftFormat | None] = None
     SITE: ClassVar[str] = "linear"
     PROCEDURE: ClassVar[str] = ""
     SHARES: ClassVar[bool] = False
+    BEGIN: ClassVar[frozenset[str]] = frozenset()
+    TRAINS_ALL: ClassVar[bool] = False
+    writes_base: bool = False
+    attached: bool = False
     overlay: Any = None
 
     def terms(self, base: Any) -> list[Term]:
@@ -122,19 +168,23 @@ class Method(nn.Module):
         """The terms with all parts of the method in use, where terms() leaves out some until they exist."""
         return self.terms(base)
 
-    def start(self, weight: Callable[[], torch.Tensor], blank: bool) -> nn.Module | None:
+    def start(self, site: Site, weight: Callable[[], torch.Tensor], blank: bool) -> nn.Module | None:
         """Begin from the layer's weight; weight() is a copy [out, in], fp32 or wider, made when called.
 
         A module that is returned replaces the base: its `view()` is what ops see, its tensors are saved as `adapter.base.*`.
         blank: a checkpoint's values follow, so only shapes matter. Called once, after every method of the site is built.
+        site: as __init__ had it; keep no reference to it, for that would keep the weight.
         """
         return None
 
     @classmethod
-    def share(cls, sites: Sequence[tuple[Site, Mapping[str, Any]]]) -> Mapping[str, tuple[nn.Module, Sequence[str]]]:
-        """Key -> (holder, names of its sites) for these sites and their options; every site in one. For SHARES only.
+    def share(
+        cls, sites: Sequence[tuple[Site, Mapping[str, Any]]], blank: bool
+    ) -> Mapping[str, tuple[Holder, Sequence[str]]]:
+        """Key -> (holder, names of its sites) for these sites and their options; a site in none shares nothing. For SHARES only.
 
         Holders become `adapter_shared.<recipe>_<key>` of the adapted root; a site keeps its own outside the module tree.
+        blank: a checkpoint's values follow, so only shapes matter.
         """
         raise NotImplementedError
 
@@ -152,6 +202,14 @@ class Method(nn.Module):
     def learning_rate(cls, options: Mapping[str, Any]) -> float | None:
         """The published rule for the learning rate of its parameters, from all of its options; None where there is none."""
         return None
+
+    def need_procedure(self, who: str) -> None:
+        """Raise RuntimeError in training while the procedure is not attached; for a method that cannot work without it."""
+        if self.training and not self.attached:
+            raise RuntimeError(f"{who}: training needs its procedure; attach fastpeft.train.{self.PROCEDURE} (fastpeft.train.attach).")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"attached": False}  # no procedure watches a copy
 
     def residual(self) -> torch.Tensor | None:
         """On an ffn site: the factor [1] with which x itself is added; None adds none."""
@@ -187,6 +245,11 @@ class Recipe:
     cls: type[Method]
     paper: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    own_notes: Notes | None = None
+
+    @property
+    def notes(self) -> Notes | None:
+        return self.own_notes or self.cls.NOTES
 
     @property
     def site(self) -> str:
@@ -199,16 +262,17 @@ class Recipe:
         own = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
         return own | dict(self.defaults)
 
-    def build(self, site: Site, options: Mapping[str, Any], holder: nn.Module | None = None) -> Method:
+    def build(self, site: Site, options: Mapping[str, Any], holder: Holder | None = None) -> Method:
         """The method at one site; raises ValueError naming the site where options do not fit the layer.
 
-        A method that shares gets `holder`, or one of its own.
+        A method that shares gets `holder`; without one, what it makes for a site alone.
         """
         own = dict(self.defaults) | dict(options)
         if not self.cls.SHARES:
             return self.cls(site, **own)
         if holder is None:
-            ((holder, _),) = self.cls.share([(site, self.options | own)]).values()
+            alone = self.cls.share([(site, self.options | own)], False)
+            holder = next((h for h, _ in alone.values()), None)
         built = self.cls(site, holder, **own)
         built.__dict__["holder"] = holder
         return built
@@ -233,11 +297,11 @@ def method(name: str, *, paper: str) -> Callable[[type[Method]], type[Method]]:
     return add
 
 
-def recipe(name: str, cls: type[Method], *, paper: str, **defaults: Any) -> None:
-    """Register a recipe: `cls` with other defaults. Raises ValueError if the name is taken."""
+def recipe(name: str, cls: type[Method], *, paper: str, notes: Notes | None = None, **defaults: Any) -> None:
+    """Register a recipe: `cls` with other defaults, and other notes if given. Raises ValueError if the name is taken."""
     if name in _RECIPES:
         raise ValueError(f"recipe {name!r} is already registered by {_RECIPES[name].cls.__module__}; choose another name.")
-    _RECIPES[name] = Recipe(name, cls, paper, defaults)
+    _RECIPES[name] = Recipe(name, cls, paper, defaults, notes)
 
 
 def discover() -> None:
@@ -262,6 +326,12 @@ def get_recipe(name: str) -> Recipe:
     raise ValueError(f"adapt: method {name!r} does not exist; choose one of {', '.join(sorted(_RECIPES))}.")
 
 
+def every_recipe() -> list[Recipe]:
+    """All recipes, by name."""
+    discover()
+    return [_RECIPES[name] for name in sorted(_RECIPES)]
+
+
 def peft_reader(peft_type: Any) -> Recipe:
     """The recipe that a config of this peft_type is read as. Raises ValueError listing what exists."""
     discover()
@@ -272,56 +342,6 @@ def peft_reader(peft_type: Any) -> Recipe:
         listing = "; ".join(f"{t} ({', '.join(names)})" for t, names in kinds.items())
         raise ValueError(f"peft config: peft_type {peft_type!r} is not supported; supported are {listing}.")
     return found[peft_type]
-
-
-@dataclass(frozen=True)
-class MethodInfo:
-    """One row of fastpeft.methods()."""
-
-    name: str
-    paper: str
-    summary: str
-    terms: tuple[str, ...]
-    options: Mapping[str, Any]
-    mergeable: bool
-    exportable: bool
-    site: str = "linear"
-
-
-class MethodTable(tuple[MethodInfo, ...]):
-    """What fastpeft.methods() returns: a tuple of MethodInfo that prints as a table."""
-
-    def __str__(self) -> str:
-        rows = [("method", "paper", "site", "terms", "merge", "to LoRA", "options")]
-        for m in self:
-            options = ", ".join(f"{k}={v!r}" for k, v in m.options.items())
-            rows.append((m.name, m.paper, m.site, " ".join(m.terms), _yes(m.mergeable), _yes(m.exportable), options))
-        widths = [max(len(row[k]) for row in rows) for k in range(6)]
-        return "\n".join("  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[6]]) for r in rows)
-
-
-def _yes(flag: bool) -> str:
-    return "yes" if flag else "no"
-
-
-def methods() -> MethodTable:
-    """Every recipe: name, paper, terms, options with defaults, whether it merges into W, whether it exports to plain LoRA.
-
-    The last three are read off the terms of the method built on a 32 x 32 layer, not declared.
-    """
-    discover()
-    return MethodTable(_describe(_RECIPES[name]) for name in sorted(_RECIPES))
-
-
-def _describe(r: Recipe) -> MethodInfo:
-    base = Plain(torch.eye(32))
-    with torch.random.fork_rng(devices=[]):
-        terms = r.build(Site("example", base, torch.float32), {}).every_term(base)
-    kinds = tuple(dict.fromkeys(type(t).__name__ for t in terms))
-    doc = (inspect.getdoc(inspect.getmodule(r.cls)) or inspect.getdoc(r.cls) or "").splitlines()
-    linear = is_linear(terms) and r.site == "linear"
-    exportable = linear and all(isinstance(t, (LowRank, Kron, Bias)) for t in terms)
-    return MethodInfo(r.name, r.paper, doc[0] if doc else "", kinds, r.options, linear, exportable, r.site)
 
 
 def check_options(names: list[str], options: Mapping[str, Any]) -> None:

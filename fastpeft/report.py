@@ -21,6 +21,8 @@ class Route:
 class Report:
     """layers: name -> Route of every layer or FFN that was adapted, or that looks like a target but was left alone.
 
+    shared: name of the module that holds what several layers share -> (how many share it, how many numbers train); a layer's own
+    route does not count them.
     trainable, total: parameter counts of the model, adapters included.   saved_modules: modules_to_save that were found.
     procedures: names of procedures to attach with fastpeft.train.attach (empty for methods that need none).
     notes: what else the user should know, one sentence each.
@@ -28,6 +30,7 @@ class Report:
 
     layers: dict[str, Route] = field(default_factory=dict)
     saved_modules: list[str] = field(default_factory=list)
+    shared: dict[str, tuple[int, int]] = field(default_factory=dict)
     procedures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     trainable: int = 0
@@ -55,6 +58,8 @@ class Report:
         for name, route in self.layers.items():
             what = "+".join(route.methods) if route.reason is None else f"left alone: {route.reason}"
             rows.append((name, route.shape, what, f"{route.trainable:,d}"))
+        for name, (users, count) in self.shared.items():
+            rows.append((name, "", f"shared by {users} layer{'s' if users > 1 else ''}", f"{count:,d}"))
         widths = [max(len(row[k]) for row in rows) for k in range(4)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         if self.saved_modules:

@@ -22,14 +22,14 @@ from fastpeft.adapter import (
     build_methods,
     free,
     is_adapted,
+    own_base,
     recipes,
     shared_holders,
-    weight_of,
 )
-from fastpeft.base import Plain
 from fastpeft.beside import FFNAdapter, attach
 from fastpeft.ffn import FFN, find_ffns
-from fastpeft.record import RECORD, SHARED, Adaptation
+from fastpeft.packed import is_packed
+from fastpeft.record import CONTAINERS, RECORD, SHARED, Adaptation, holders_of
 from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
 from fastpeft.targets import (
@@ -45,8 +45,13 @@ from fastpeft.targets import (
     select,
     shared_weights,
 )
+from fastpeft.trained import begin, check_own, own_parameters, written
 
 _BIAS = ("none", "all", "lora_only")
+_REENTRANT = (
+    "several layers share parameters: reentrant checkpoints under DistributedDataParallel raise; use_reentrant=False works, and "
+    "so does static_graph=True."
+)
 
 
 def adapt(
@@ -73,7 +78,8 @@ def adapt(
     rank_pattern, alpha_pattern: name or regex -> rank or alpha of the layers it ends; first hit wins.
     bias: "none" (default), "all" (every bias of the model trains) or "lora_only" (those of adapted layers).
     quantize: "nf4" (also "nf2", "nf3", ...) or "int8": the base of each adapted layer is quantised and computes dequantised.
-    keep_base: False lets go of the weights that `quantize` or a start (loftq, ...) replaced; unload and adapters_off then raise.
+    keep_base: False lets go of the weights that `quantize` or a start (loftq, ...) replaced, and keeps no copy (on the CPU) of the
+        parameters that galore, lisa or delta_lora in place train; unload and adapters_off then raise.
     options: the method's own; fastpeft.methods() lists them.
     Returns a Report: the route of each layer, parameter counts.
     Raises ValueError / TypeError, leaving the model as it was, on unknown methods, options or targets, on values that do
@@ -144,14 +150,17 @@ def build_and_attach(
             for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern))
             if by_pattern(name, pattern, None) is not None
         }
-        sites[name] = (Plain(weight_of(module).detach()), own)
-    holders, by_site = shared_holders(on_linear, sites)
+        sites[name] = (own_base(module), own)
+    holders, by_site = shared_holders(on_linear, sites, blank)
     build = Build(on_linear, quantize, blank)
     adapters = {name: build_adapter(name, base, build, own, by_site[name]) for name, (base, own) in sites.items()}
     replaced = [name for name, a in adapters.items() if "base" in a._modules]
-    if not keep_base and not replaced:
+    trained = own_parameters(model, found, adapters, saved)
+    if not keep_base and not replaced and not trained:
         raise ValueError(f"adapt: keep_base=False, but {', '.join(record.methods)} replaces no base weight; leave it out.")
-    for other, partner in shared_weights(model, adapters).items():
+    shared = shared_weights(model, adapters)
+    check_own(record, found, adapters, {name: base for name, (base, _) in sites.items()}, shared)
+    for other, partner in shared.items():
         if other in replaced and not keep_base:
             raise ValueError(f"adapt: keep_base=False at {other!r}, whose weight {partner!r} shares; untie them, or keep it.")
         if any(m.overlay for m in adapters[other].methods().values()):
@@ -160,8 +169,8 @@ def build_and_attach(
             )
         report.notes.append(f"{other} shares its weight with {partner}: the adapter acts on {other} only, and merge refuses.")
 
-    shapes = {name: f"{m.weight.dtype} {tuple(m.weight.shape)}" for name, m in modules.items()}
-    _attach(model, record, adapters, holders, ffns, ffn_adapters, saved)
+    shapes = {name: _shape(m, sites[name][0]) for name, m in modules.items()}
+    _attach(model, record, adapters, holders, ffns, ffn_adapters, saved, trained)
     if not keep_base:
         for name in replaced:
             free(modules[name])
@@ -174,7 +183,21 @@ def build_and_attach(
         )
         trainable = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
         report.layers[name] = Route(adapter.names, shape.removeprefix("torch."), trainable)
+    for key, holder in holders.items():
+        users = sum(holder in used.values() for used in by_site.values())
+        report.shared[f"{record.shared_at}.{SHARED}.{key}".lstrip(".")] = (users, sum(p.numel() for p in holder.parameters() if p.requires_grad))
+    if report.shared:
+        report.notes.append(_REENTRANT)
+    if trained:
+        kept = "kept on the CPU, for unload" if keep_base else "not kept"
+        report.notes.append(f"{len(trained)} of the model's own parameters train; what they were is {kept}.")
     return report.count(model)
+
+
+def _shape(module: Any, base: Any) -> str:
+    if is_packed(type(module)):
+        return f"{type(module).__name__} {(base.out_features, base.in_features)}"
+    return f"{module.weight.dtype} {tuple(module.weight.shape)}"
 
 
 def _ffn_adapters(
@@ -276,6 +299,7 @@ def _attach(
     ffns: Mapping[str, FFN],
     ffn_adapters: Mapping[str, FFNAdapter],
     saved: Mapping[str, nn.Module],
+    trained: list[str],
 ) -> None:
     """The only place that changes the model; nothing in it depends on the user's input any more."""
     record.flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -286,6 +310,7 @@ def _attach(
         for parameter in module.parameters():
             if parameter.dtype.is_floating_point:
                 parameter.requires_grad_(True)
+    begin(model, record, trained, written(adapters))
     for name, adapter in adapters.items():
         module = model.get_submodule(name)
         record.sites.append(name)
@@ -293,7 +318,13 @@ def _attach(
         module.__class__ = adapted_class(type(module))
         module.adapter = adapter.train(module.training)
     if holders:
-        model.add_module(SHARED, holders.train(model.training))
+        record.shared_at = next(iter(adapters)) if isinstance(model, CONTAINERS) else ""
+        model.get_submodule(record.shared_at).add_module(SHARED, holders.train(model.training))
+    if any(h.per_forward for h in holders.values()):
+        record.shared_hooks = [
+            model.register_forward_pre_hook(_open_shared, prepend=True),
+            model.register_forward_hook(_close_shared, always_call=True),
+        ]
     for name, ffn in ffns.items():
         record.sites.append(name)
         record.ffns[name] = ffn
@@ -314,3 +345,13 @@ def _attach(
         model.enable_input_require_grads()
         record.input_grads = True
     model.__dict__[RECORD] = record
+
+
+def _open_shared(model: Any, args: Any) -> None:
+    for holder in holders_of(model, model.__dict__[RECORD]).values():
+        holder.open()
+
+
+def _close_shared(model: Any, args: Any, output: Any) -> None:
+    for holder in holders_of(model, model.__dict__[RECORD]).values():
+        holder.close()

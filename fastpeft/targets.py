@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastpeft.adapter import is_adapted, is_conv1d
+from fastpeft.packed import is_packed
 
 Targets = str | Iterable[str]
 
@@ -105,6 +106,8 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return "its weight is not initialised yet (lazy); run one forward first"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized; remove the parametrization first"
+    if is_packed(type(module)):
+        return None
     if not is_conv1d(module) and type(module).forward is not nn.Linear.forward:
         return f"{type(module).__name__} has a forward of its own, which an adapter would replace"
     if not module.weight.dtype.is_floating_point or module.weight.dtype.itemsize < 2:
@@ -137,7 +140,7 @@ def shared_weights(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
                 owners.setdefault(id(parameter), []).append(name)
     result = {}
     for name in names:
-        others = [o for o in owners[id(model.get_submodule(name).weight)] if o != name]
+        others = [o for o in owners.get(id(model.get_submodule(name).weight), []) if o != name]  # none of a weight let go
         if others:
             result[name] = others[0]
     return result

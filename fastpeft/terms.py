@@ -112,6 +112,19 @@ class Sparse:
     overlay: Any = None
 
 
+class Composed(NamedTuple):
+    """The update [out, in] that compose(*tensors) makes with ordinary PyTorch, made again wherever it is used.
+
+    Nothing of it is kept for backward; tensors get the gradients that autograd gives through compose.
+    """
+
+    compose: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+    def whole(self) -> Tensor:
+        return self.compose(*self.tensors)
+
+
 @dataclass(eq=False, slots=True)
 class Dense:
     """x delta^T, delta [out, in]: the materialised update, where no other term says it.
@@ -119,7 +132,7 @@ class Dense:
     A delta of no storage (all strides zero) adds nothing and collects dW as its gradient.
     """
 
-    delta: Tensor
+    delta: Tensor | Composed
 
 
 Term = LowRank | Gain | Bias | Kron | Sparse | Dense
@@ -136,7 +149,7 @@ def delta_weight(term: LowRank | Kron | Sparse | Dense, dtype: torch.dtype = tor
         case Kron():
             return term.scale * kron(term.C.to(dtype), term.D.to(dtype))
         case Dense():
-            return term.delta.to(dtype)
+            return plain_delta(term).to(dtype)
         case Sparse():
             rows, cols = term.index.long()
             return term.values.new_zeros(shape, dtype=dtype).index_put((rows, cols), term.values.to(dtype))
@@ -155,6 +168,11 @@ def plain_factors(term: LowRank) -> tuple[Tensor, Tensor]:
     """A and B as tensors."""
     A = term.A.rows() if isinstance(term.A, KhatriRao) else term.A
     return A, term.B.columns() if isinstance(term.B, KhatriRao) else term.B
+
+
+def plain_delta(term: Dense) -> Tensor:
+    """delta as a tensor."""
+    return term.delta.whole() if isinstance(term.delta, Composed) else term.delta
 
 
 def refuse_tokenwise(terms: Sequence[Term], who: str) -> None:
@@ -221,9 +239,9 @@ def validate(terms: Sequence[Term], out_features: int, in_features: int) -> None
             case Sparse():
                 _validate_sparse(term, out_features, in_features)
             case Dense():
-                if tuple(term.delta.shape) != (out_features, in_features):
+                if (shape := tuple(plain_delta(term).shape)) != (out_features, in_features):
                     raise ValueError(
-                        f"adapted_linear: Dense.delta is {tuple(term.delta.shape)}; it must be [out, in] = "
+                        f"adapted_linear: Dense.delta is {shape}; it must be [out, in] = "
                         f"({out_features}, {in_features})."
                     )
             case _:

@@ -11,6 +11,7 @@ import fastpeft
 from fastpeft.method.dylora import set_rank
 from fastpeft.method.rosa import RoSA
 from fastpeft.ops.dropout import draw_seed
+from fastpeft.registry import Method
 from fastpeft.terms import Gain, LowRank
 
 DT = torch.float64
@@ -120,12 +121,14 @@ def perturb(model, size=0.3):
 
 
 def with_masks(model, seed=0):
-    """Give every rosa layer a random mask, as a finished schedule would; its values stay zero."""
+    """Give every rosa layer a random mask, as a finished schedule would; its values stay zero. Others train as with their procedure."""
     generator = torch.Generator().manual_seed(seed)
     for m in model.modules():
         if isinstance(m, RoSA) and m.values is not None:
             flat = torch.randperm(m.shape[0] * m.shape[1], generator=generator)[: m.values.numel()].sort().values
             m.set_mask(torch.stack([flat // m.shape[1], flat % m.shape[1]]))
+        if isinstance(m, Method):
+            m.attached = True
     return model
 
 

@@ -6,6 +6,8 @@ None means no dropout. Gradients come from ordinary autograd.
 
 from __future__ import annotations
 
+import statistics
+
 import torch
 
 
@@ -121,3 +123,176 @@ def rosa(x, W, b, A, B, s, values, index, mask=None):
     """arXiv 2401.04679: a low-rank and a sparse matrix added to W; the sparse one has no scale and sees no dropout."""
     S = torch.zeros_like(W).index_put(tuple(index.long()), values)
     return linear(x, W + S, b) + s * linear(linear(masked(x, mask), A), B)
+
+
+def gated(x, W, b, A, B, g, s, mask=None):
+    """W + s B diag(g) A, one rank after the other: arXiv 2303.10512 (g = E), 2311.11696, 2403.16187 (g 0 or 1), 2403.13037."""
+    y = linear(x, W, b)
+    for i in range(A.shape[0]):
+        y = y + s * g[i] * linear(masked(x, mask), A[i : i + 1]) * B[:, i]
+    return y
+
+
+def triplet_scores(sensitivity, uncertainty):
+    """arXiv 2303.10512, section 3.2: S_i = s(E_i) + mean over k of s(A_ik) + mean over j of s(B_ji), s(w) = I(w) U(w)."""
+    (iA, iE, iB), (uA, uE, uB) = ([d[n] for n in ("A", "E", "B")] for d in (sensitivity, uncertainty))
+    scores = []
+    for i in range(iE.numel()):
+        down = sum(iA[i, k] * uA[i, k] for k in range(iA.shape[1])) / iA.shape[1]
+        up = sum(iB[j, i] * uB[j, i] for j in range(iB.shape[0])) / iB.shape[0]
+        scores.append(iE.flatten()[i] * uE.flatten()[i] + down + up)
+    return torch.stack(scores)
+
+
+def aflora(x, W, b, A, B, d, db, s, mask=None):
+    """arXiv 2403.13269, equation 1: W + s diag(db) B diag(d) A."""
+    return linear(x, W, b) + s * (linear(linear(masked(x, mask), A) * d, B) * db)
+
+
+def o_lora(x, W, b, tasks, s, mask=None):
+    """arXiv 2310.14152: one LoRA (A_i, B_i) per task, all of them active."""
+    y = linear(x, W, b)
+    for A, B in tasks:
+        y = y + s * linear(linear(masked(x, mask), A), B)
+    return y
+
+
+def normal_float(bits):
+    """arXiv 2305.14314, appendix E, with the outermost quantile of the authors' code: 2^bits levels, ascending, in fp64."""
+    quantile = statistics.NormalDist().inv_cdf
+    half, offset = 2 ** (bits - 1), 0.9677083
+    steps = [offset + (0.5 - offset) * k / half for k in range(half)]
+    fewer = [offset + (0.5 - offset) * k / (half - 1) for k in range(half - 1)]
+    found = sorted([quantile(q) for q in steps] + [0.0] + [-quantile(q) for q in fewer])
+    return torch.tensor(found, dtype=torch.float64) / found[-1]
+
+
+def normal_float_codes(W, bits, block):
+    """(codes [out * in], scales [out * in / block]) of W, row by row: the nearest level of w / absmax, of two the lower."""
+    table, codes, scales = normal_float(bits), [], []
+    for part in W.double().reshape(-1).split(block):
+        scale = part.abs().max()
+        scales.append(scale)
+        for w in part:
+            distance = (table - (w / scale if scale > 0 else 0.0)).abs()
+            codes.append(int(distance.argmin()))
+    return torch.tensor(codes), torch.stack(scales)
+
+
+def principal(W, r):
+    """The sum of the r leading terms S_i u_i v_i^T of W's singular value decomposition."""
+    U, S, Vh = torch.linalg.svd(W)
+    return sum(S[i] * torch.outer(U[:, i], Vh[i]) for i in range(r))
+
+
+def pissa(x, W, b, A, B, s):
+    """arXiv 2404.02948: the residual of W at rank r is frozen, s B A trains beside it."""
+    return linear(x, W - principal(W.detach(), A.shape[0]) + s * (B @ A), b)
+
+
+def quantised(W, bits, block=64):
+    """What W's codes stand for, in fp64."""
+    codes, scales = normal_float_codes(W, bits, block)
+    return (normal_float(bits)[codes] * scales.repeat_interleave(block)).reshape(W.shape)
+
+
+def loftq(W, r, rounds, bits=4, block=64):
+    """arXiv 2310.08659, algorithm 1: (Q, B A) after so many rounds."""
+    low = torch.zeros_like(W)
+    for _ in range(rounds):
+        Q = quantised(W - low, bits, block)
+        low = principal(W - Q, r)
+    return Q, low
+
+
+def qpissa(W, r, rounds, bits=4, block=64):
+    """PiSSA's quantised form, the SVD before the quantisation: (Q, B A)."""
+    rest = W
+    for _ in range(rounds):
+        low = principal(rest, r)
+        Q = quantised(W - low, bits, block)
+        rest = W - Q
+    return Q, low
+
+
+def loda(x, W, b, A, B, M1, M2, s, slope=0.8, mask=None, plus=False):
+    """LoDA (MERL TR2023-150): s (h + f(h)) B^T; LoDA+: s (h B^T + phi(f(phi(h)) B^T)); f(h) = phi(phi(h M1^T) M2^T)."""
+
+    def phi(v):
+        return torch.where(v > 0, v, slope * v)
+
+    def f(h):
+        return phi(linear(phi(linear(h, M1)), M2))
+
+    h = linear(masked(x, mask), A)
+    added = linear(h, B) + phi(linear(f(phi(h)), B)) if plus else linear(h + f(h), B)
+    return linear(x, W, b) + s * added
+
+
+def lotr(x, W, b, L, M, R, s):
+    """arXiv 2402.01376: W + s L M R; L [out, r] and R [r, in] the same in every layer of a group."""
+    return linear(x, W + s * torch.einsum("or,rq,qi->oi", L, M, R), b)
+
+
+def superlora_tensor(splits):
+    """arXiv 2403.11887: X of a group; splits: of each Kronecker factor its (factors A_m [d_m, r], core [r, .., r] or None)."""
+    X = None
+    for factors, core in splits:
+        modes = "abcdef"[: len(factors)]
+        if core is None:
+            made = torch.einsum(",".join(f"{m}z" for m in modes) + f"->{modes}", *factors)
+        else:
+            ranks = "uvwxyz"[: len(factors)]
+            made = torch.einsum(",".join(m + r for m, r in zip(modes, ranks, strict=True)) + f",{ranks}->{modes}", *factors, core)
+        X = made if X is None else torch.kron(X, made)
+    return X
+
+
+def superlora_group(splits, length, kept, P=None, order=None):
+    """A group's numbers: vec(X) trimmed to `kept`, projected by P [length, kept], permuted."""
+    z = superlora_tensor(splits).reshape(-1)[:kept]
+    z = z if P is None else P @ z
+    assert z.shape == (length,)
+    return z if order is None else z[order]
+
+
+def hadamard(n):
+    """Sylvester's matrix by its entries: -1 where the binary digits that i and j share are odd in number."""
+    i = torch.arange(n)
+    common = i[:, None] & i
+    return 1 - 2 * (sum((common >> k) & 1 for k in range(n.bit_length())) % 2).double()
+
+
+def fastfood(b, order, g, length, kept):
+    """P [length, kept] = H' diag(g) Pi H diag(b), H of order n over sqrt(n), zero padded on both sides."""
+    H = hadamard(len(b)) / len(b) ** 0.5
+    Pi = torch.eye(len(b), dtype=torch.float64)[order]
+    return (H @ torch.diag(g) @ Pi @ H @ torch.diag(b))[:length, :kept]
+
+
+def periodic_lora(x, W, b, stages, A, B, s, mask=None):
+    """arXiv 2402.16141: W with the unloaded stages (A_i, B_i) added, and the running one beside it."""
+    for A_i, B_i in stages:
+        W = W + s * (B_i @ A_i)
+    return lora(x, W, b, A, B, s, mask)
+
+
+def delta_lora_weight(W, after, before, lam, s):
+    """arXiv 2309.02411, algorithm 1: W + lam s (B' A' - B A); after, before: (A, B) around one step."""
+    (A1, B1), (A0, B0) = after, before
+    return W + lam * s * (B1 @ A1 - B0 @ A0)
+
+
+def proximal(g, xi, released=False):
+    """SoRA's operator on each entry: the minimum of (u - g)^2 / 2 + xi |u|; released: the authors' three masks, one after the other."""
+    out = []
+    for v in g.tolist():
+        v = v - xi if v > xi else v + xi if v < -xi else v if released else 0.0
+        out.append(0.0 if released and abs(v) < xi else v)
+    return torch.tensor(out, dtype=g.dtype)
+
+
+def galore_project(G, left=None, right=None):
+    """arXiv 2403.03507, section 3: left^T G right^T, with the sides that there are; left [out, r], right [r, in]."""
+    R = G if left is None else torch.einsum("or,oi->ri", left, G)
+    return R if right is None else torch.einsum("oi,ri->or", R, right)

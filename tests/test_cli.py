@@ -118,6 +118,15 @@ def test_usage_errors_exit_with_2(capsys, arguments):
         (["--min-delta", "0.1"], "--min-delta 0.1 without --patience"),
         (["--save-every", "-1"], "--save-every -1"),
         (["--resume"], "holds no unfinished run"),
+        (["--procedure", "Nope"], "--procedure Nope: there is no such procedure; choose from"),
+        (["--procedure", "Procedure"], "there is no such procedure"),
+        (["--method", "rosa", "--procedure", "RoSASchedule"], "--procedure RoSASchedule: it is attached already"),
+        (["--procedure-option", "ratio=3"], "no procedure has it; options are: none"),
+        (["--procedure", "LoRAPlus", "--procedure-option", "rat=3"], "no procedure has it; options are: LoRAPlus: ratio"),
+        (["--procedure", "LoRAPlus", "--procedure-option", "ratio"], "--procedure-option 'ratio'; it must be NAME=VALUE"),
+        (["--procedure", "LoRAPlus", "--procedure-option", "ratio=0"], "ratio=0"),
+        (["--procedure", "DyLoRASampling"], "without a dylora layer"),
+        (["--method", "krona", "--procedure", "LoRAPlus"], "no parameter whose role is 'up'"),
         (["--device", "abacus"], "--device abacus"),
         (["--model", "./no/model"], "--model ./no/model: no such folder"),
     ],
@@ -296,3 +305,28 @@ def test_resume_and_restart(capsys, monkeypatch, tmp_path, tiny):
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["arms"][0]["losses"] == resumed["arms"][0]["losses"] and len(again["session_seconds"]) == 1
     assert not (tmp_path / "resume.state").exists()
+
+
+def test_procedures_of_the_method_and_of_the_user(tiny, tmp_path, monkeypatch):
+    """What the report says was attached, and what reached the optimiser; options go to whoever has them."""
+    from fastpeft.job import loop
+
+    model, data = tiny
+    groups, made = [], loop.trainee
+
+    def look(arm, settings, **more):
+        found = made(arm, settings, **more)
+        groups.append([(g["lr"], g["share"], len(g["params"])) for g in found.optimizer.param_groups])
+        return found
+
+    monkeypatch.setattr(job, "trainee", look)
+    base = ["finetune", "--model", model, "--data", data, "--threads", "1", "--quick", "--no-compare", "--lr", "0.01"]
+    own = ["--method", "dylora", "--rank", "2", "--procedure", "LoRAPlus", "--procedure-option", "ratio=4", "--procedure-option", "seed=3"]
+    assert main([*base, *own, "--output", str(tmp_path / "a")]) == 0
+    report = json.loads((tmp_path / "a" / "report.json").read_text())
+    assert "with DyLoRASampling, LoRAPlus" in json.dumps(report)
+    assert report["settings"]["procedures"] == ["LoRAPlus"] and report["settings"]["procedure_options"] == {"ratio": 4, "seed": 3}
+    ((slow, fast),) = groups
+    assert slow[:2] == (0.01, 1.0) and fast[:2] == (0.04, 4.0) and fast[2] == 13  # two blocks of six linears, and the pooler
+    assert main([*base, "--method", "lora_plus", "--adapter-lr", "0.02", "--output", str(tmp_path / "b")]) == 0
+    assert [g[:2] for g in groups[1]] == [(0.01, 1.0), (0.02, 2.0), (0.32, 32.0)]

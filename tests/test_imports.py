@@ -57,7 +57,21 @@ def test_the_reader_sees_imports():
 
 @pytest.mark.parametrize("path", files(PACKAGE / "method"), ids=lambda p: p.name)
 def test_methods_see_only_the_registry_terms_and_supports(path):
-    allowed = ("torch", "fastpeft.registry", "fastpeft.terms", "fastpeft.support", "fastpeft.overlay", "fastpeft.method")
+    allowed = ("torch", "fastpeft.registry", "fastpeft.terms", "fastpeft.support", "fastpeft.overlay", "fastpeft.method",
+               "fastpeft.start", "fastpeft.fold", "fastpeft.groups", "fastpeft.shared")  # fmt: skip
+    assert not [n for n in imports(path) if not within(n, allowed)]
+
+
+@pytest.mark.parametrize("name", ["fastfood.py", "fold.py", "groups.py", "shared.py"])
+def test_folds_see_no_method(name):
+    allowed = ("torch", "fastpeft.ops", "fastpeft.registry", "fastpeft.terms", "fastpeft.support", "fastpeft.fastfood", "fastpeft.fold",
+               "fastpeft.shared")  # fmt: skip
+    assert not [n for n in imports(PACKAGE / name) if not within(n, allowed)]
+
+
+@pytest.mark.parametrize("path", files(PACKAGE / "start"), ids=lambda p: p.name)
+def test_starts_see_bases_and_no_method(path):
+    allowed = ("torch", "fastpeft.registry", "fastpeft.base", "fastpeft.quantised", "fastpeft.stored", "fastpeft.start")
     assert not [n for n in imports(path) if not within(n, allowed)]
 
 

@@ -230,6 +230,8 @@ def light(final: Path, streams: bool = False, pause: float = 0.0) -> Iterator[No
 
     def train(trainees: list[Any], data: Any, held: Any, settings: Settings, *, seed: int, **options: Any) -> None:
         real_train(trainees, data, held, settings, seed=seed, **options)
+        for t in trainees:
+            t.runner = None  # it has ended, and no longer says what a resume would need
         end = {t.arm.name: snapshot.of_trainee(t) for t in trainees}
         for t in trainees:
             del end[t.arm.name]["seconds"], end[t.arm.name]["starts"]
@@ -464,6 +466,27 @@ def test_a_language_model_in_bfloat16(tmp_path):
     assert changed(result_of(stopped), result_of(kept)) == []
 
 
+@pytest.mark.parametrize("place, nth", [("forward", 16), ("updated", 15), ("forward", 27)])
+def test_a_method_with_a_procedure(tmp_path, settings, place, nth):
+    """Stopped while RoSA collects gradients, and after its masks; both arms of each step are counted."""
+    options = {"rank": 2, "alpha": 4, "density": 0.1}
+    schedule = {"schedule": "wl3", "grads": 4, "sparse_lr": 2e-2}
+    mine = at(
+        settings, tmp_path / "a", method="rosa", options=options, seeds=(0,), patience=None, save_every=1, procedure_options=schedule
+    )
+    stopped = at(mine, tmp_path / "b")
+    go(mine)
+    go(stopped, kill=(place, nth))
+    state = statefile.read(Path(stopped.output))["trainees"]["fastpeft"]["runner"]
+    assert state["step"] and bool(state["procedures"]["0.RoSASchedule"]["sums"]) is (state["step"] < 7)
+    go(stopped, again=True)
+    assert changed(result_of(stopped), result_of(mine)) == []
+    from safetensors.torch import load_file
+
+    adapter = load_file(tmp_path / "b" / "out" / "adapter" / "adapter_model.safetensors")
+    assert any(bool(t.any()) for k, t in adapter.items() if k.endswith("rosa.values"))
+
+
 def spec(settings: Settings, **more: Any) -> str:
     return json.dumps({"settings": settings.as_dict(), **more})
 
@@ -658,7 +681,7 @@ def test_a_full_disk_leaves_the_last_state(settings, tmp_path, whole):
 def _child() -> None:
     given = json.load(sys.stdin)
     fields = given["settings"]
-    settings = Settings(**(fields | {k: tuple(fields[k]) for k in ("seeds", "target_modules")}))
+    settings = Settings(**(fields | {k: tuple(fields[k]) for k in ("seeds", "target_modules", "procedures")}))
     torch.manual_seed(4)
     with ExitStack() as stack:
         stack.enter_context(light(Path(settings.output).parent / "final", pause=given.get("pause", 0.0)))

@@ -19,8 +19,8 @@ from tolerance import assert_as_good, assert_fp64
 from torch import nn
 
 import fastpeft
-from fastpeft.base import Plain
 from fastpeft import CheckpointError
+from fastpeft.base import Plain
 from fastpeft.job.arms import FASTPEFT, PEFT, peft_counterpart
 from fastpeft.job.layerbench import Shape, layers
 from fastpeft.method import loha

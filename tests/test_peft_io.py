@@ -163,7 +163,7 @@ def test_from_config_and_from_dict_agree() -> None:
     assert from_dict(config.to_dict(), model) == (name, settings, options)
 
 
-@pytest.mark.parametrize("field", [{"use_qalora": True}, {"layers_to_transform": [0]}, {"init_lora_weights": "pissa"},
+@pytest.mark.parametrize("field", [{"use_qalora": True}, {"layers_to_transform": [0]}, {"init_lora_weights": "olora"},
                                    {"target_parameters": ["x"]}, {"trainable_token_indices": [1]}])  # fmt: skip
 def test_unsupported_fields_are_named(field: dict[str, Any]) -> None:
     model = bert()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.accept
 
 VERSION = "3.6.0"
 PACKAGES = (f"triton=={VERSION}", "numpy<2.4")
-FAMILIES = ("lowrank", "dora", "sparse", "kron", "hadamard")
+FAMILIES = ("lowrank", "dora", "sparse", "kron", "hadamard", "nf4")
 
 
 @pytest.fixture(scope="module")

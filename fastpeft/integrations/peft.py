@@ -5,12 +5,13 @@ Which fields mean which option stands with each method (PeftFormat).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from fastpeft.registry import PeftFormat, peft_reader
+from fastpeft.registry import PeftFormat, get_recipe, peft_reader
 from fastpeft.targets import matches
 
 Settings = dict[str, Any]
@@ -42,14 +43,34 @@ def from_config(config: Any, model: nn.Module) -> tuple[str, Settings, dict[str,
             f"adapt: method is a {type(config).__name__}; give a recipe name, a list of names, or a peft config object."
         )
     fields = config.to_dict()
-    start = _reader(fields)[1].start
-    if fields.get(start, True) not in _PLAIN_STARTS:
-        raise ValueError(f"adapt: {start}={fields[start]!r} of the peft config is not supported; use True.")
+    form = _reader(fields)[1]
+    instead, own = _begin(fields, form)
+    fields = fields | {form.start: True}
     if fields.get("mask_type") not in (None, "random"):
         raise ValueError(f"adapt: mask_type={fields['mask_type']!r} of the peft config is not supported; only 'random' is.")
     if getattr(fields.get("task_type"), "value", fields.get("task_type")) in _HEAD_TASKS:
         fields = fields | {"modules_to_save": sorted({*(fields.get("modules_to_save") or ()), *_HEADS})}
-    return from_dict(fields, model)
+    name, settings, options = from_dict(fields, model)
+    if instead is not None:
+        name, options = instead, {k: v for k, v in options.items() if k in get_recipe(instead).options}
+    return name, settings, options | own
+
+
+def _begin(fields: Mapping[str, Any], form: PeftFormat) -> tuple[str | None, dict[str, Any]]:
+    """The recipe (None: the one that peft_type means) and options that say how the values begin; ValueError if nothing here does."""
+    start = fields.get(form.start, True)
+    word = start.lower() if isinstance(start, str) and form.peft_type == "LORA" else ""
+    if start in _PLAIN_STARTS:
+        return None, {}
+    if word in ("gaussian", "orthogonal"):
+        return None, {"start": word}
+    if pissa := re.fullmatch(r"pissa(?:_niter_(\d+))?", word):
+        refused = {k: fields[k] for k in ("use_dora", "lora_bias", "lora_dropout") if fields.get(k)}
+        if refused:
+            raise ValueError(f"adapt: {form.start}={start!r} of the peft config with {refused} is not supported; reset them.")
+        return "pissa", {} if pissa[1] is None else {"niter": int(pissa[1])}
+    known = ", 'gaussian', 'orthogonal', 'pissa' or 'pissa_niter_N'" if form.peft_type == "LORA" else ""
+    raise ValueError(f"adapt: {form.start}={start!r} of the peft config is not supported; use True{known}.")
 
 
 def _reader(fields: Mapping[str, Any]) -> tuple[str, PeftFormat]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastpeft.job.errors import JobError
+from fastpeft.job.procedures import build_procedures, check_fit
 from fastpeft.job.settings import CLASSIFICATION, Settings
 
 FROZEN, PEFT, FASTPEFT = "frozen", "peft", "fastpeft"
@@ -18,12 +19,16 @@ FROZEN, PEFT, FASTPEFT = "frozen", "peft", "fastpeft"
 
 @dataclass
 class Arm:
-    """name: FROZEN, PEFT or FASTPEFT.   title: for tables.   note: one sentence on what this arm is."""
+    """name: FROZEN, PEFT or FASTPEFT.   title: for tables.   note: one sentence on what this arm is.
+
+    procedures: fastpeft.train's, which the method needs around each step or the user has added.
+    """
 
     name: str
     title: str
     note: str
     model: Any
+    procedures: list[Any] = field(default_factory=list)
 
     @property
     def trainable(self) -> int:
@@ -55,6 +60,9 @@ def build_arms(names: list[str], model: Any, new: list[str], settings: Settings,
         if peft_counterpart(settings.method, settings.options):
             copy_start(arms[FASTPEFT].model, arms[PEFT].model, settings.method)
             arms[PEFT].note += "; its adapter starts from the same values as fastpeft's"
+            if arms[FASTPEFT].procedures:
+                without = ", ".join(type(p).__name__ for p in arms[FASTPEFT].procedures)
+                arms[PEFT].note += f", and trains without {without}"
         else:
             arms[
                 PEFT
@@ -88,14 +96,15 @@ def _fastpeft(model: Any, new: list[str], settings: Settings) -> Arm:
         )
     except (ValueError, TypeError) as e:
         raise JobError(str(e)) from None
-    if report.procedures:
-        raise JobError(
-            f"finetune: {settings.method} needs the procedures {', '.join(report.procedures)}, which this "
-            "command does not "
-            "attach yet; use fastpeft.train.attach in a loop of your own."
-        )
+    names = [*report.procedures, *settings.procedures]
+    procedures = build_procedures(names, settings.procedure_options)
+    if procedures:
+        check_fit(model, procedures)
     note = f"fastpeft {settings.method}, {len(report.adapted)} layers, adapter in {_adapter_dtype(model)}"
-    return Arm(FASTPEFT, f"fastpeft {settings.method}", "; ".join([note, *report.notes]), model)
+    if procedures:
+        note += f", with {', '.join(names)}"
+    note = "; ".join([note, *report.notes])
+    return Arm(FASTPEFT, f"fastpeft {settings.method}", note, model, procedures)
 
 
 def _peft(model: Any, new: list[str], settings: Settings) -> Arm:
@@ -125,7 +134,7 @@ def _targets(settings: Settings) -> str | list[str]:
 
 def _adapter_dtype(model: nn.Module) -> str:
     """Dtypes of the adapters' parameters: those on a path with "adapter" or one of PEFT's prefixes in it."""
-    marks = (".adapter.", "lora_", "hada_", "lokr_", "shira_")
+    marks = (".adapter.", "adapter_shared.", "lora_", "hada_", "lokr_", "shira_")
     own = {p.dtype for n, p in model.named_parameters() if p.requires_grad and any(m in n for m in marks)}
     return ", ".join(sorted(str(d).removeprefix("torch.") for d in own)) or "no parameter"
 

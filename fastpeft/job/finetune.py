@@ -122,7 +122,7 @@ def _describe_arms(job: Job, arms: list[Arm]) -> None:
     device = job.settings.torch_device
     batch = {k: v.to(device) for k, v in job.longest_batch().items()}
     for arm in arms:
-        saved = measure.step_bytes(arm.model, batch)
+        saved = measure.step_bytes(arm.model, batch, arm.procedures)
         job.results[arm.name] = ArmResult(arm.name, arm.title, arm.note, arm.trainable, arm.parameters, saved)
 
 

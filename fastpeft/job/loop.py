@@ -8,12 +8,14 @@ stopped run is taken up at any step.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ from fastpeft.job.errors import JobError
 from fastpeft.job.evaluate import Score, evaluate
 from fastpeft.job.settings import Settings
 from fastpeft.job.weights import copy_weights, set_weights
+from fastpeft.train import attach
 
 
 @dataclass
@@ -33,10 +36,12 @@ class Trainee:
 
     starts: the steps that were the first of a process; the run's own, then one per resume.
     stopping: None without early stopping, and then so is `best`, a copy of the best epoch's weights.
+    runner: of the arm's procedures, if it has some; `train` enters it.
     """
 
     arm: Arm
     optimizer: torch.optim.Optimizer | None
+    runner: Any = None
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
@@ -62,18 +67,32 @@ class Trainee:
         return f"{self.arm.title} {self.scores[-1]}{note}"
 
 
-def trainee(arm: Arm, settings: Settings) -> Trainee:
-    """In fastpeft's arm the adapter's parameters are a group of their own where their learning rate is another one."""
+def trainee(arm: Arm, settings: Settings, *, total_steps: int | None = None) -> Trainee:
+    """In fastpeft's arm the adapter's parameters are a group of their own where their learning rate is another one.
+
+    total_steps: of the run, for the arm's procedures; `train` knows them itself.
+    """
     live = [(n, p) for n, p in arm.model.named_parameters() if p.requires_grad]
     share = settings.own_lr / settings.lr if arm.name == FASTPEFT else 1.0
-    adapter = [p for n, p in live if share != 1.0 and ".adapter." in n]
-    rest = [p for n, p in live if share == 1.0 or ".adapter." not in n]
-    groups = [{"params": p, "share": s} for p, s in ((rest, 1.0), (adapter, share)) if p]
-    optimizer = (
-        torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay) if groups else None
-    )
+    adapter = [p for n, p in live if share != 1.0 and is_own(n)]
+    rest = [p for n, p in live if share == 1.0 or not is_own(n)]
+    groups = [{"params": p, "lr": settings.lr * s} for p, s in ((rest, 1.0), (adapter, share)) if p]
     stopping = None if settings.patience is None else EarlyStopping(settings.patience, settings.min_delta)
-    return Trainee(arm, optimizer, stopping=stopping)
+    if not groups:
+        return Trainee(arm, None, stopping=stopping)
+    for procedure in arm.procedures:
+        groups = [g for g in procedure.param_groups(arm.model, groups) if g["params"]]
+    for group in groups:
+        # a group's own rate, a procedure's too, is that of the peak, and rises and falls as all do
+        group["share"] = group.get("lr", settings.lr) / settings.lr
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    runner = attach(arm.model, optimizer, arm.procedures, total_steps=total_steps) if arm.procedures else None
+    return Trainee(arm, optimizer, runner, stopping=stopping)
+
+
+def is_own(name: str) -> bool:
+    """Whether the parameter of that name is an adapter's."""
+    return ".adapter." in name or "adapter_shared." in name
 
 
 def lr_at(step: int, total: int, settings: Settings) -> float:
@@ -87,6 +106,7 @@ def lr_at(step: int, total: int, settings: Settings) -> float:
 def train_step(t: Trainee, batch: dict[str, Tensor], lr: float, settings: Settings) -> float:
     """One optimiser step on a batch; returns the loss. An arm without parameters to train only runs forward.
 
+    Within the trainee's runner, if it has one.
     Raises JobError (code 1), before any parameter moves, if the loss is not finite.
     """
     loss = t.arm.model(**batch).loss
@@ -105,6 +125,8 @@ def train_step(t: Trainee, batch: dict[str, Tensor], lr: float, settings: Settin
         torch.nn.utils.clip_grad_norm_(group["params"], settings.clip)
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
+    if t.runner is not None:
+        t.runner.step_end()
     return value
 
 
@@ -124,12 +146,37 @@ def train(
     An arm that stops early takes no further step; with early stopping every arm ends with its best epoch's weights.
     after_step(steps done) is called within an epoch, after_epoch(epochs done) after its evaluation.
     """
+    per_epoch = len(data.order(settings.batch_size, seed=seed, epoch=0))
+    with contextlib.ExitStack() as stack:
+        for t in trainees:
+            if t.runner is not None:
+                t.runner.ctx.total_steps = per_epoch * settings.epochs
+                try:
+                    stack.enter_context(t.runner)
+                except ValueError as e:  # a schedule that does not fit the number of steps, for one
+                    raise JobError(f"finetune: {e}") from None
+        _train(trainees, data, held, settings, seed, per_epoch, validation, after_step, after_epoch)
+    for t in trainees:
+        if t.best is not None:
+            set_weights(t.arm.model, t.best)
+
+
+def _train(
+    trainees: list[Trainee],
+    data: Examples,
+    held: Examples,
+    settings: Settings,
+    seed: int,
+    per_epoch: int,
+    validation: Examples | None,
+    after_step: Callable[[int], None],
+    after_epoch: Callable[[int], None],
+) -> None:
     from tqdm import tqdm
 
     for t in trainees:
         if not t.scores:
             t.scores.append(evaluate(t.arm.model, held, settings))
-    per_epoch = len(data.order(settings.batch_size, seed=seed, epoch=0))
     total, done = per_epoch * settings.epochs, max(len(t.losses) for t in trainees)
     with tqdm(
         total=total, initial=done, desc=f"seed {seed}", unit="step", disable=not sys.stderr.isatty()
@@ -151,13 +198,12 @@ def train(
             if bar.disable:
                 print(f"seed {seed}, epoch {epoch + 1} of {settings.epochs}: {scores}", flush=True)
             after_epoch(epoch + 1)
-    for t in trainees:
-        if t.best is not None:
-            set_weights(t.arm.model, t.best)
 
 
 def _end_epoch(t: Trainee, held: Examples, validation: Examples | None, settings: Settings) -> None:
     """Evaluate; with early stopping keep the weights if they are the best so far."""
+    if t.runner is not None:
+        t.runner.epoch_end()
     t.scores.append(evaluate(t.arm.model, held, settings))
     if t.stopping is not None:
         assert validation is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import statistics
 import time
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpeft.train import attach, build_optimizer
+
 # the first steps pay for memory pools, thread start-up and lazily built kernels
 WARM_UP_STEPS = 3
+# what a schedule is told where only the first steps of a run are measured
+LONG_RUN = 1_000_000_000
 
 
 def bytes_saved(forward: Callable[[], Any], owned: Iterable[Tensor]) -> int:
@@ -39,8 +44,16 @@ def bytes_saved(forward: Callable[[], Any], owned: Iterable[Tensor]) -> int:
     return total
 
 
-def step_bytes(model: Any, batch: dict[str, Tensor]) -> int:
-    """bytes_saved by one training forward of the model; the batch itself is not counted."""
+def step_bytes(model: Any, batch: dict[str, Tensor], procedures: Sequence[Any] = ()) -> int:
+    """bytes_saved by one training forward of the model; the batch itself is not counted.
+
+    procedures: fastpeft.train's, without which the model would not train; the forward is as at their first step.
+    """
+    if procedures:
+        own = copy.deepcopy(procedures)
+        optimizer = build_optimizer(model, own, torch.optim.SGD, lr=0.0)
+        with attach(model, optimizer, own, total_steps=LONG_RUN) as runner, runner.quiet():
+            return step_bytes(model, batch)
     training = model.training
     model.train()
     owned = [*model.parameters(), *model.buffers(), *batch.values()]

@@ -3,6 +3,7 @@ spec.json`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from fastpeft.job.arms import build_arms
 from fastpeft.job.errors import JobError
 from fastpeft.job.loop import train_step, trainee
+from fastpeft.job.measure import LONG_RUN
 from fastpeft.job.models import Source, load_model
 from fastpeft.job.settings import Settings
 
@@ -82,7 +84,7 @@ def _run(spec: dict[str, Any]) -> dict[str, int]:
     fields = spec["settings"]
     targets = fields["target_modules"]
     fields["target_modules"] = targets if isinstance(targets, str) else tuple(targets)
-    settings = Settings(**(fields | {"seeds": tuple(fields["seeds"])}))
+    settings = Settings(**(fields | {k: tuple(fields[k]) for k in ("seeds", "procedures")}))
     torch.set_num_threads(settings.thread_count)
     batch = {k: torch.tensor(v, device=settings.torch_device) for k, v in spec["batch"].items()}
     seed = settings.seeds[0]
@@ -92,9 +94,10 @@ def _run(spec: dict[str, Any]) -> dict[str, int]:
     [arm] = build_arms([spec["arm"]], model, new, settings, seed=seed)
     arm.model.train()
     loaded = peak_resident()
-    t = trainee(arm, settings)
-    for _ in range(QUICK_STEPS if settings.quick else STEPS):
-        train_step(t, batch, settings.lr, settings)
+    t = trainee(arm, settings, total_steps=LONG_RUN)
+    with contextlib.nullcontext() if t.runner is None else t.runner:
+        for _ in range(QUICK_STEPS if settings.quick else STEPS):
+            train_step(t, batch, settings.lr, settings)
     cuda = torch.cuda.max_memory_allocated() if settings.torch_device.startswith("cuda") else 0
     return {"loaded": loaded, "peak": peak_resident(), "cuda_peak": cuda}
 

@@ -31,6 +31,7 @@ class Settings:
     patience: epochs without an improvement of the validation loss by more than min_delta after which an arm stops;
     None trains for all epochs.   validation_share: of the training data, held out for that.
     save_every: steps between two saves of the run's state, beside one at each epoch's end; 0 for those alone.
+    procedures: classes of fastpeft.train to attach beside those that the method's recipe names.   procedure_options: of both.
     """
 
     model: str | None = None
@@ -63,6 +64,8 @@ class Settings:
     min_delta: float = 0.0
     validation_share: float = 0.1
     save_every: int = 100
+    procedures: tuple[str, ...] = ()
+    procedure_options: Mapping[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,6 +129,7 @@ class Settings:
             raise JobError(f"finetune: --device {self.device}: {str(e).splitlines()[0]}") from None
 
     def _check_method(self) -> None:
+        from fastpeft.job.procedures import build_procedures
         from fastpeft.registry import check_options, get_recipe
 
         try:
@@ -133,6 +137,8 @@ class Settings:
             check_options([self.method], self.options)
         except ValueError as e:
             raise JobError(str(e)) from None
+        own = get_recipe(self.method).cls.PROCEDURE
+        build_procedures([*([own] if own else []), *self.procedures], self.procedure_options)
 
     def _check_output(self) -> None:
         folder = Path(self.output)

@@ -19,6 +19,7 @@ def of_trainee(t: Trainee) -> dict[str, Any]:
         "weights": copy_weights(t.arm.model),
         "best": t.best,
         "optimizer": t.optimizer.state_dict() if t.optimizer is not None else None,
+        "runner": t.runner.state_dict() if t.runner is not None else None,
         "losses": t.losses,
         "seconds": t.seconds,
         "starts": t.starts,
@@ -36,6 +37,8 @@ def into_trainee(t: Trainee, saved: Mapping[str, Any]) -> None:
     t.best = saved["best"]
     if t.optimizer is not None:
         t.optimizer.load_state_dict(saved["optimizer"])
+    if t.runner is not None:
+        t.runner.load_state_dict(saved["runner"])
     t.losses, t.seconds = list(saved["losses"]), list(saved["seconds"])
     t.starts = [*saved["starts"], len(t.losses)]
     t.scores = [Score(**s) for s in saved["scores"]]

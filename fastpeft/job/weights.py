@@ -8,11 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.job.errors import JobError
+from fastpeft.record import RECORD
+from fastpeft.registry import Method
 
 
 def live_weights(model: nn.Module) -> dict[str, Tensor]:
     """Name -> the model's own tensor."""
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    record = model.__dict__.get(RECORD)
+    own = set() if record is None else set(record.trained)  # which train without a gradient of their own, or only at times
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad or n in own}
     return trained | dict(model.named_buffers())
 
 
@@ -34,6 +38,9 @@ def set_weights(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
         )
     for name, tensor in live.items():
         tensor.copy_(saved[name])
+    for module in model.modules():
+        if isinstance(module, Method):
+            module.restored()
 
 
 def _kind(t: Tensor) -> tuple[torch.Size, torch.dtype]:

@@ -1,4 +1,4 @@
-"""DoRA: diag(m / c) (W + s B A), c the norm of each row of W + s B A.   A, B as in LoRA; m [out] trains, starts at ||W||.
+"""DoRA: diag(m / c) (W + s B A), c the norm of each row of W + s B A.   A, B as in LoRA, also their start; m [out] trains, starts at ||W||.
 
 grad="simple" (the authors' default) holds c constant in backward; grad="full" differentiates through it. c is computed anew
 in every forward. With dropout, dropout_base=True is the law of the authors' code and of PEFT: the magnitude's part of the
@@ -11,7 +11,6 @@ Paper: arXiv 2402.09353, equation 5 and section 4.3.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -19,7 +18,17 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastpeft.method.lora import peft_lora, scaling
-from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    PeftFormat,
+    Site,
+    check_finite,
+    check_probability,
+    check_rank,
+    method,
+)
+from fastpeft.start.factors import fill
 from fastpeft.terms import Gain, LowRank, Term
 
 
@@ -31,6 +40,17 @@ def peft_dora(options: Mapping[str, Any]) -> dict[str, Any]:
 @method("dora", paper="arXiv 2402.09353")
 class DoRA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up", "m": "gain"}
+    BEGIN: ClassVar = frozenset({"start"})
+    NOTES: ClassVar = Notes(
+        formula="y = m / ||W + s B A|| * (x W^T + s x A^T B^T), the norm per row of the weight",
+        defaults="LoRA's; grad and dropout as in the authors' code and PEFT",
+        oracle='stock PEFT DoRA (grad="simple"), autograd of the dense weight in fp64 ("full")',
+        deviations=(
+            "A row of W of norm zero has the factor 1 until B moves; PEFT gives NaN.",
+            "dropout_base=False is our own: one base product, the same mean, another noise.",
+            "no PiSSA start: PEFT puts DoRA's norm over the residual and the factors together; use pissa or dora.",
+        ),
+    )
     PEFT = PeftFormat(
         "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "m": "lora_magnitude_vector"}, peft_dora
     )
@@ -45,6 +65,7 @@ class DoRA(Method):
         rslora: bool = False,
         grad: str = "simple",
         dropout_base: bool = True,
+        start: str = "kaiming",
     ):
         super().__init__()
         check_rank("dora", rank, site)
@@ -57,7 +78,7 @@ class DoRA(Method):
         self.B = site.zeros(site.out_features, rank)
         norm = site.base.row_sq_norm().sqrt()
         self.m = nn.Parameter(norm.to(site.dtype))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        fill("dora", start, self.A, self.B)
         if not norm.is_meta and (empty := int((norm == 0).sum())):
             warnings.warn(
                 f"dora: {empty} of {site.out_features} rows of {site.name!r} have norm zero; their gain is 1 until B moves.",

@@ -5,7 +5,7 @@ columns of B have gradients. mode="frozen" (the released script): only row and c
 constants. All others get zeros, not None: weight decay and momentum still move them unless the loop restores them.
 b starts at `rank`; `set_rank` changes it for a layer or a model, in place, so that one compiled graph serves every b, at the
 price of the largest. b is not saved: a folder holds all ranks, and a loaded adapter starts at `rank`. merge and export take
-the b in use. A starts Kaiming uniform (a = sqrt(5)), B at zero. Drawing b per step is a procedure's matter.
+the b in use. A starts Kaiming uniform (a = sqrt(5)), B at zero. fastpeft.train.DyLoRASampling draws b for each step.
 
 Paper: arXiv 2210.07558.
 """
@@ -18,13 +18,32 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    Site,
+    check_finite,
+    check_int,
+    check_probability,
+    check_rank,
+    method,
+)
 from fastpeft.terms import LowRank, Term
 
 
 @method("dylora", paper="arXiv 2210.07558")
 class DyLoRA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up"}
+    PROCEDURE = "DyLoRASampling"
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + alpha/b (drop(x) A[:b]^T) B[:, :b]^T",
+        defaults="alpha 16 and rank 8 of the authors' script",
+        oracle="stock PEFT LoRA of rank b for every b, in one compiled graph",
+        deviations=(
+            "mode=\"full\" is the default, the better one in the paper's ablation; the released script has "
+            '"frozen".',
+        ),
+    )
 
     def __init__(
         self, site: Site, *, rank: int = 8, alpha: float = 16, dropout: float = 0.0, mode: str = "full"

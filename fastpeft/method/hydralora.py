@@ -20,7 +20,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    Site,
+    check_finite,
+    check_int,
+    check_probability,
+    check_rank,
+    method,
+)
 from fastpeft.terms import LowRank, Term
 
 
@@ -33,6 +42,15 @@ def route(u: Tensor, p: Tensor, x: Tensor) -> Tensor:
 @method("hydralora", paper="arXiv 2404.19245")
 class HydraLoRA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up", "G": "gate"}
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s sum_i softmax(x G^T)_i (drop(x) A^T) B_i^T",
+        defaults="the authors' script",
+        oracle="the formula head by head in fp64; with one head LoRA",
+        deviations=(
+            "One dropout mask serves all heads; the authors' loop draws one per head.",
+            "There is no balance loss; the authors' is a constant.",
+        ),
+    )
 
     def __init__(self, site: Site, *, rank: int = 4, alpha: float = 32, dropout: float = 0.0, heads: int = 4):
         super().__init__()

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fastpeft.registry import Method, Site, check_finite, check_int, method
+from fastpeft.registry import Method, Notes, Site, check_finite, check_int, method
 from fastpeft.terms import Kron, Term
 
 
@@ -37,6 +37,14 @@ def split(who: str, site: Site, shape: Sequence[int] | None) -> tuple[tuple[int,
 @method("krona", paper="arXiv 2212.10650")
 class KronA(Method):
     ROLES: ClassVar = {"A": "left", "B": "right"}
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s x (A (x) B), row-vector form",
+        defaults="scale 1, the most even split of either side: ours",
+        oracle="torch.kron; stock PEFT LoKr with transposed factors",
+        deviations=(
+            "The paper leaves start, scale and shapes open: A Kaiming uniform, B zero.",
+        ),
+    )
 
     def __init__(self, site: Site, *, shape: Sequence[int] | None = None, scale: float = 1.0):
         super().__init__()

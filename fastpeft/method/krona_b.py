@@ -17,13 +17,22 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastpeft.method.krona import split
-from fastpeft.registry import Method, Site, check_finite, method
+from fastpeft.registry import Method, Notes, Site, check_finite, method
 from fastpeft.terms import Bias, Kron, Term
 
 
 @method("krona_b", paper="arXiv 2212.10650")
 class KronAB(Method):
     ROLES: ClassVar = {"A": "left", "B": "right", "bias": "bias"}
+    NOTES: ClassVar = Notes(
+        formula="y = FFN(x) + s (x (A (x) B) + bias)",
+        defaults="scale 1, the most even split: ours",
+        oracle="the paper's formula with torch.kron",
+        deviations=(
+            "The paper leaves start, scale and shapes open: A Kaiming uniform, B zero.",
+            "bias enters inside the scale, and only with krona_bias=True.",
+        ),
+    )
     SITE = "ffn"
 
     def __init__(

@@ -14,12 +14,20 @@ from typing import ClassVar
 import torch
 
 from fastpeft.method.krona_b import KronAB
-from fastpeft.registry import Site, check_finite, method
+from fastpeft.registry import Notes, Site, check_finite, method
 
 
 @method("krona_b_res", paper="arXiv 2212.10650")
 class KronABRes(KronAB):
     ROLES: ClassVar = {**KronAB.ROLES, "s_res": "gate"}
+    NOTES: ClassVar = Notes(
+        formula="y = FFN(x) + s (x (A (x) B) + bias) + s_res x",
+        defaults="res_init 1 of the paper; the rest krona_b's",
+        oracle="the paper's formula with torch.kron",
+        deviations=(
+            "With the published res_init=1 the start is not the base model; res_init=0.0 makes it so.",
+        ),
+    )
 
     def __init__(
         self,

@@ -22,7 +22,16 @@ import torch
 from torch import nn
 
 from fastpeft.method.lora import scaling
-from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    PeftFormat,
+    Site,
+    check_finite,
+    check_probability,
+    check_rank,
+    method,
+)
 from fastpeft.terms import KhatriRao, LowRank, Term
 
 READS = {"r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout"}
@@ -37,6 +46,14 @@ def peft_loha(options: Mapping[str, Any]) -> dict[str, Any] | None:
 @method("loha", paper="arXiv 2108.06098")
 class LoHa(Method):
     ROLES: ClassVar = {"w1_a": "up", "w1_b": "down", "w2_a": "up", "w2_b": "down"}
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s x ((w1_a w1_b) o (w2_a w2_b))^T, o elementwise",
+        defaults="PEFT's LoHaConfig",
+        oracle="stock PEFT LoHa; LyCORIS 4.1 weights, gradients and files",
+        deviations=(
+            "If rank_dropout keeps no row the update is zero; PEFT gives NaN.",
+        ),
+    )
     PEFT = PeftFormat("LOHA", {name: f"hada_{name}" for name in ROLES}, peft_loha, "LoHaConfig", READS, "init_weights",
                       lacks=frozenset({"bias", "fan_in_fan_out"}))  # fmt: skip
 

@@ -22,7 +22,16 @@ import torch
 from torch import nn
 
 from fastpeft.method.lora import scaling
-from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_int, check_probability, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    PeftFormat,
+    Site,
+    check_finite,
+    check_int,
+    check_probability,
+    method,
+)
 from fastpeft.terms import Dense, Kron, Term, kron
 
 READS = {"r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout", "decompose_both":
@@ -48,6 +57,15 @@ def factorization(n: int, factor: int, flavor: str) -> tuple[int, int]:
 @method("lokr", paper="arXiv 2309.14859")
 class LoKr(Method):
     ROLES: ClassVar = {"w1": "left", "w1_a": "left", "w1_b": "left", "w2": "right", "w2_a": "right", "w2_b": "right"}
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s x (w1 (x) w2)^T, (x) the Kronecker product",
+        defaults="PEFT's LoKrConfig",
+        oracle="stock PEFT LoKr; LyCORIS 4.1 weights, gradients, files and splits",
+        deviations=(
+            'With rslora and both halves full the scale of flavor="lycoris" is 1, as its reader has it; '
+            "its module scales.",
+        ),
+    )
     PEFT = PeftFormat("LOKR", {name: f"lokr_{name}" for name in ROLES}, peft_lokr, "LoKrConfig", READS, "init_weights",
                       lacks=frozenset({"bias", "fan_in_fan_out"}))  # fmt: skip
 

@@ -1,8 +1,9 @@
 """LoRA: W + s B A, s = alpha / rank.   A [rank, in], B [out, rank] train; B starts at zero, W is frozen.
 
-A starts Kaiming uniform with a = sqrt(5), that is uniform on +-1/sqrt(in), as in the authors' code and in PEFT (the paper
-says Gaussian). rslora=True: s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732). lora_bias=True: B has a bias [out], whose
-share of y is s * bias (PEFT). Dropout acts on what A reads, in training only.
+start="kaiming": A is uniform on +-1/sqrt(in) (Kaiming with a = sqrt(5)), as in the authors' code and in PEFT (the paper
+says Gaussian). PEFT's others: "gaussian", A normal(0, 1/rank); "orthogonal", A and B both random, of even rank, with B A = 0.
+rslora=True: s = alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732). lora_bias=True: B has a bias [out], whose share of y is
+s * bias (PEFT). Dropout acts on what A reads, in training only.
 
 Paper: arXiv 2106.09685.
 """
@@ -13,9 +14,17 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import nn
-
-from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    PeftFormat,
+    Site,
+    check_finite,
+    check_probability,
+    check_rank,
+    method,
+)
+from fastpeft.start.factors import fill
 from fastpeft.terms import Bias, LowRank, Term
 
 READS = {
@@ -44,6 +53,16 @@ def peft_lora(options: Mapping[str, Any]) -> dict[str, Any]:
 @method("lora", paper="arXiv 2106.09685")
 class LoRA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up", "bias": "bias"}
+    BEGIN: ClassVar = frozenset({"start"})
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s (drop(x) A^T) B^T, s = alpha / rank",
+        defaults="PEFT's LoraConfig",
+        oracle="stock PEFT LoRA, outputs, gradients and folders; the paper's formula in fp64",
+        deviations=(
+            "A starts uniform on +-1/sqrt(in), as in the authors' code and PEFT; the paper says Gaussian "
+            '(start="gaussian").',
+        ),
+    )
     PEFT = PeftFormat(
         "LORA", {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}, peft_lora, reads=READS
     )
@@ -57,6 +76,7 @@ class LoRA(Method):
         dropout: float = 0.0,
         rslora: bool = False,
         lora_bias: bool = False,
+        start: str = "kaiming",
     ):
         super().__init__()
         check_rank("lora", rank, site)
@@ -65,7 +85,7 @@ class LoRA(Method):
         self.A = site.empty(rank, site.in_features)
         self.B = site.zeros(site.out_features, rank)
         self.bias = site.zeros(site.out_features) if lora_bias else None
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        fill("lora", start, self.A, self.B)
 
     def terms(self, base: Any) -> list[Term]:
         low = LowRank(self.A, self.B, self.scale, dropout=self.dropout if self.training else 0.0)

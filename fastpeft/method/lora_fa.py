@@ -2,7 +2,7 @@
 
 Nothing that trains meets x, so the layer keeps rank numbers per token for backward and no x, with dropout too: the mask is
 made again from its seed. Per step dB = s dy^T u with u = drop(x) A^T, dx = dy W + s mask * (dy B A). This is the plain mode,
-for any optimiser on B; the preconditioned optimiser is not part of the layer.
+for any optimiser on B; the preconditioned mode is a procedure, fastpeft.train.LoRAFAPreconditioner.
 
 A starts as LoRA's (Kaiming uniform, a = sqrt(5), that is +-1/sqrt(in)), B at zero; A is saved, since no seed is kept.
 rslora=True: s = alpha / sqrt(rank). The folder is a plain LoRA for PEFT; here it becomes `lora_fa` again.
@@ -19,13 +19,33 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastpeft.method.lora import peft_lora, scaling
-from fastpeft.registry import Method, PeftFormat, Site, check_finite, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    PeftFormat,
+    Site,
+    check_finite,
+    check_probability,
+    check_rank,
+    method,
+)
 from fastpeft.terms import LowRank, Term
 
 
 @method("lora_fa", paper="arXiv 2308.03303")
 class LoRAFA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up"}
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s (drop(x) A^T) B^T, A constant",
+        defaults="LoRA's",
+        oracle="stock PEFT LoRA with a frozen A; saved tensors counted",
+        deviations=(
+            "A starts as PEFT's LoRA does; the paper's text could not be read and is said to take a "
+            "normal one.",
+            "The layer is the paper's plain mode; the preconditioned one, which PEFT's optimiser has, is asked for by "
+            "attaching fastpeft.train.LoRAFAPreconditioner.",
+        ),
+    )
     PEFT = PeftFormat("LORA", {"A": "lora_A.weight", "B": "lora_B.weight"}, peft_lora)
 
     def __init__(self, site: Site, *, rank: int = 8, alpha: float = 8, dropout: float = 0.0, rslora: bool = False):

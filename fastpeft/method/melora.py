@@ -12,13 +12,21 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, method
+from fastpeft.registry import Method, Notes, Site, check_finite, check_int, check_probability, method
 from fastpeft.terms import LowRank, Term
 
 
 @method("melora", paper="arXiv 2402.17263")
 class MELoRA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up"}
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s blockdiag(B_i A_i) drop(x), s = alpha / rank of one mini",
+        defaults="rank and n small; the paper varies both per task",
+        oracle="stock PEFT LoRA with block-diagonal factors",
+        deviations=(
+            "A layer whose sides n does not divide is refused; the authors' code floors silently.",
+        ),
+    )
 
     def __init__(self, site: Site, *, rank: int = 4, alpha: float = 8, dropout: float = 0.0, n: int = 2):
         super().__init__()

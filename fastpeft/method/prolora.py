@@ -20,7 +20,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    Site,
+    check_finite,
+    check_int,
+    check_probability,
+    check_rank,
+    method,
+)
 from fastpeft.terms import LowRank, Term
 
 
@@ -37,6 +46,16 @@ def expand(small: Tensor, index: Tensor, size: int) -> Tensor:
 @method("prolora", paper="arXiv 2402.16902")
 class PRoLoRA(Method):
     ROLES: ClassVar = {"A0": "down", "B0": "up", "Au": "down", "Bu": "up"}
+    NOTES: ClassVar = Notes(
+        formula="y = x W^T + s [B_sh | Bu] [A_sh ; Au] drop(x), chunks of A_sh and B_sh rolled along the "
+        "rank",
+        defaults="the paper's setting at the budget of LoRA of rank 2",
+        oracle="stock PEFT LoRA with the chunks rolled one by one by torch.roll",
+        deviations=(
+            "Direction of the roll and strides (from the shared ranks) are the authors' code's; the paper "
+            "leaves them open.",
+        ),
+    )
 
     def __init__(
         self, site: Site, *, rank: int = 8, alpha: float = 16, dropout: float = 0.0,

@@ -23,7 +23,16 @@ from typing import Any, ClassVar
 import torch
 
 from fastpeft.overlay import Overlay
-from fastpeft.registry import Method, PeftFormat, Site, check_int, check_probability, check_rank, method
+from fastpeft.registry import (
+    Method,
+    Notes,
+    PeftFormat,
+    Site,
+    check_int,
+    check_probability,
+    check_rank,
+    method,
+)
 from fastpeft.support import bernoulli, columns, counted, key
 from fastpeft.terms import APPLY, Sparse, Term, validate
 
@@ -45,6 +54,15 @@ def learning_rate(density: float) -> float:
 @method("random_masking", paper="arXiv 2405.02596")
 class RandomMasking(Method):
     ROLES: ClassVar = {"values": "sparse"}
+    NOTES: ClassVar = Notes(
+        formula="y = x (W + M o V)^T, M drawn once",
+        defaults="density 1e-3, inside the paper's range; learning rate 1e-4 / sqrt(density)",
+        oracle="stock PEFT SHiRA under the same mask; the mask's law",
+        deviations=(
+            "The mask comes from a counter-based generator, so its entries are not those of the authors' "
+            "torch seeds.",
+        ),
+    )
     PEFT = PeftFormat("SHIRA", {"values": "shira_weight", "index": "shira_indices"}, peft_shira, "ShiraConfig",
                       {"r": "rank", "random_seed": "seed"}, "init_weights",
                       lacks=frozenset({"bias", "rank_pattern", "alpha_pattern"}))  # fmt: skip

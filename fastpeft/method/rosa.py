@@ -22,13 +22,22 @@ from torch import Tensor, nn
 
 from fastpeft.method.lora import scaling
 from fastpeft.overlay import Overlay
-from fastpeft.registry import Method, Site, check_finite, check_int, check_probability, method
+from fastpeft.registry import Method, Notes, Site, check_finite, check_int, check_probability, method
 from fastpeft.terms import APPLY, Dense, LowRank, Sparse, Term, validate
 
 
 @method("rosa", paper="arXiv 2401.04679")
 class RoSA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up", "values": "sparse"}
+    NOTES: ClassVar = Notes(
+        formula="y = x (W + S)^T + s (drop(x) A^T) B^T, S sparse on a fixed support",
+        defaults="density and score of the authors' configurations",
+        oracle="the dense formula in fp64; masks against a dense recomputation",
+        deviations=(
+            "The default is the recipe of the reported runs (collect, save the masks, start again); a "
+            "single run is a schedule too.",
+        ),
+    )
     PROCEDURE = "RoSASchedule"
 
     def __init__(self, site: Site, *, rank: int = 8, alpha: float = 8, dropout: float = 0.0, density: float = 0.003,

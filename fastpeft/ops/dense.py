@@ -1,4 +1,8 @@
-"""The dense family in torch: y = scale * x delta^T for a materialised update delta [out, in]; tensors is (delta,)."""
+"""The dense family in torch: y = scale * x delta^T for a materialised update delta [out, in]; tensors is (delta,).
+
+While torch.compile traces it is (delta, delta detached): a Function of one tensor and the closing None would have exactly two
+varargs, and Dynamo drops ctx from such a one when nothing requires grad (torch 2.13).
+"""
 
 from __future__ import annotations
 
@@ -38,11 +42,11 @@ class Own:
         need_x: bool,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, tuple[Tensor | None, ...]]:
-        (delta,) = tensors
+        delta = tensors[0]
         if need_x:
             d = delta.detach().to(dz.dtype)
             dx = torch.mm(dz, d).mul_(scale) if dx is None else dx.addmm_(dz, d, alpha=scale)
-        return dx, (_grad(dz, x, delta, scale, needs),)
+        return dx, _grads(dz, x, delta, scale, needs)
 
 
 class OnBase:
@@ -57,7 +61,7 @@ class OnBase:
 
     @staticmethod
     def back(dz, x, tensors, scale, dx, need_x, needs):
-        return dx, (_grad(dz, x, tensors[0], scale, needs),)
+        return dx, _grads(dz, x, tensors[0], scale, needs)
 
 
 class Collect(OnBase):
@@ -79,8 +83,11 @@ def grad(dz: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return G
 
 
-def _grad(dz: Tensor, x: Tensor | None, delta: Tensor, scale: float, needs: Sequence[bool]) -> Tensor | None:
+def _grads(
+    dz: Tensor, x: Tensor | None, delta: Tensor, scale: float, needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    rest = (None,) * (len(needs) - 1)
     if not needs[0] or x is None:
-        return None
+        return None, *rest
     G = grad(dz, x, delta.dtype)
-    return G if scale == 1.0 else G.mul_(scale)
+    return G if scale == 1.0 else G.mul_(scale), *rest

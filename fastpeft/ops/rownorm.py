@@ -1,6 +1,11 @@
-"""||W + B A||^2 of each row in one pass over W: DoRA's norm (arXiv 2402.09353, the magnitude's denominator)."""
+"""||W + B A||^2 of each row in one pass over W: DoRA's norm (arXiv 2402.09353, the magnitude's denominator).
+
+W: a tensor [out, in], or a base of fastpeft.base, which is asked for its weight in each direction and so keeps none of it.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +17,7 @@ from fastpeft.ops.rownorm_triton import row_sq_norm_forward
 from fastpeft.ops.slabs import once, slabs
 
 
-def row_sq_norm(W: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+def row_sq_norm(W: Any, A: Tensor | None = None, B: Tensor | None = None) -> Tensor:
     """W [out, in], A [R, in], B [out, R] -> [out] in fp32 (fp64 if W or A is fp64); differentiable in A and B.
 
     The forward runs C++ on the CPU and Triton where the low-rank family does (fastpeft.ops.family).
@@ -23,15 +28,20 @@ def row_sq_norm(W: Tensor, A: Tensor | None = None, B: Tensor | None = None) -> 
     return _RowSqNorm.apply(W, A, B)
 
 
-def row_gain(m: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float, through_norm: bool) -> Tensor:
+def row_gain(m: Tensor, W: Any, A: Tensor, B: Tensor, scale: float, through_norm: bool) -> Tensor:
     """m / ||W + scale B A|| of each row, [out] in m's dtype; 1 where a row's norm is zero, and no gradient is NaN there.
 
     Differentiable in m [out], and with through_norm in A and B, which the norm is a constant of otherwise.
     """
     if through_norm:
         return _RowGain.apply(m, W, A, B, scale)
-    inverse, rest = _inverse_norm(W, A.detach(), B.detach(), scale)
+    inverse, rest = _inverse_norm(_read(W), A.detach(), B.detach(), scale)
     return torch.addcmul(rest, m, inverse).to(m.dtype)
+
+
+def _read(W: Any, after: Tensor | None = None) -> Tensor:
+    """The weight itself. after: the gradient of the pass that asks, if it is a backward."""
+    return W if isinstance(W, Tensor) else W.weight(after)
 
 
 def _accumulator(W: Tensor, A: Tensor | None) -> torch.dtype:
@@ -87,33 +97,34 @@ def _sq_norm_backward(
 
 class _RowSqNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, W: Tensor, A: Tensor | None, B: Tensor | None) -> Tensor:
-        ctx.save_for_backward(W, A, B)
-        return _sq_norm(W, A, B)
+    def forward(ctx, W: Any, A: Tensor | None, B: Tensor | None) -> Tensor:
+        ctx.save_for_backward(A, B)
+        ctx.W = W
+        return _sq_norm(_read(W), A, B)
 
     @staticmethod
     @once
     def backward(ctx, d: Tensor):
-        W, A, B = ctx.saved_tensors
+        A, B = ctx.saved_tensors
         if A is None:
             return None, None, None
-        return None, *_sq_norm_backward(W, A, B, 1.0, d, *ctx.needs_input_grad[1:])
+        return None, *_sq_norm_backward(_read(ctx.W, d), A, B, 1.0, d, *ctx.needs_input_grad[1:])
 
 
 class _RowGain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, m: Tensor, W: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-        inverse, rest = _inverse_norm(W, A, B, scale)
-        ctx.save_for_backward(inverse, m, W, A, B)
-        ctx.scale = scale
+    def forward(ctx, m: Tensor, W: Any, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        inverse, rest = _inverse_norm(_read(W), A, B, scale)
+        ctx.save_for_backward(inverse, m, A, B)
+        ctx.W, ctx.scale = W, scale
         return torch.addcmul(rest, m, inverse).to(m.dtype)
 
     @staticmethod
     @once
     def backward(ctx, d: Tensor):
-        inverse, m, W, A, B = ctx.saved_tensors
+        inverse, m, A, B = ctx.saved_tensors
         dm = d * inverse
         # d (m / sqrt(q)) / dq = -m / (2 q^1.5)
         d_square = dm * m * inverse.square() * -0.5
-        dA, dB = _sq_norm_backward(W, A, B, ctx.scale, d_square, *ctx.needs_input_grad[2:4])
+        dA, dB = _sq_norm_backward(_read(ctx.W, d), A, B, ctx.scale, d_square, *ctx.needs_input_grad[2:4])
         return dm.to(d.dtype), None, dA, dB, None

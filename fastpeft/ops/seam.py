@@ -263,6 +263,13 @@ class Up(torch.autograd.Function):
         return (None, None, dz, dbias, dgain, dextra, None, *out, *(None,) * (len(need) - m))
 
 
+def after_up(v: Tensor, B: Tensor, scale: float, post: Any) -> Tensor:
+    """scale * post(v B^T) [tokens, out]. Traced code says it plainly: Dynamo takes no autograd.grad, and plans memory itself."""
+    if torch.compiler.is_compiling():
+        return post(v @ B.to(v.dtype).T) * scale
+    return Post.apply(v, B, scale, post)
+
+
 class Post(torch.autograd.Function):
     """scale * post(v B^T): saves v and B only; the [tokens, out] argument of `post` is recomputed in backward."""
 

@@ -19,12 +19,13 @@ from fastpeft.ops.slabs import once
 LARGEST = 1 << 18
 
 
-def takes(x: Tensor, W: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, gain: Tensor | None) -> bool:
+def takes(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, bias: Tensor | None, gain: Tensor | None) -> bool:
     """Whether Small computes x [..., in] under W [out, in], A [r, in], B [out, r]: all fp32, on the CPU, contiguous, small.
 
-    Not where a factor or the gain is frozen while the others train: Small would keep what nobody reads.
+    Not where a factor or the gain is frozen while the others train: Small would keep what nobody reads. W is None where the
+    base is stored in another form.
     """
-    if x.numel() * W.shape[0] > LARGEST or not cpu.runs(W, 1) or x.dim() < 2 or x.numel() == 0:
+    if W is None or x.numel() * W.shape[0] > LARGEST or not cpu.runs(W, 1) or x.dim() < 2 or x.numel() == 0:
         return False
     tensors = [t for t in (x, W, A, B, bias, gain) if t is not None]
     if torch.is_grad_enabled() and not (A.requires_grad and B.requires_grad and (gain is None or gain.requires_grad)):

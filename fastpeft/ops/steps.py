@@ -259,7 +259,7 @@ def _dx(ctx: Any, dx: Tensor | None, dz, gain, dropped, seed, dus, As, shares: S
         else:
             ops.dx_add(dx, dp, row, seed=None, p=0.0, blocks=1)
     if dz is not None:
-        with changed(base, shares) as now:
+        with changed(base.in_backward(dz), shares) as now:
             if dx is None:
                 dx = now.grad_linear(dz, gain)
             else:

@@ -10,20 +10,42 @@
             runner.step_end()
 """
 
+from fastpeft.train.adalora import AdaLoRASchedule
+from fastpeft.train.delta_lora import DeltaLoRASchedule
+from fastpeft.train.dylora import DyLoRASampling
+from fastpeft.train.galore import GaLoreAdamW, GaLoreProjection
+from fastpeft.train.lisa import LISASchedule
+from fastpeft.train.lora_fa import HFAdamW, LoRAFAPreconditioner
+from fastpeft.train.lora_plus import LoRAPlus
 from fastpeft.train.masks import load_masks, save_masks
+from fastpeft.train.o_lora import next_task
 from fastpeft.train.optimizer import build_optimizer
+from fastpeft.train.periodic_lora import PeriodicLoRASchedule
 from fastpeft.train.protocol import Batch, Context, Procedure
 from fastpeft.train.rosa import RoSASchedule
 from fastpeft.train.runner import Runner, attach
+from fastpeft.train.sora import SoRASchedule
 
 __all__ = [
+    "AdaLoRASchedule",
     "Batch",
     "Context",
+    "DeltaLoRASchedule",
+    "DyLoRASampling",
+    "GaLoreAdamW",
+    "GaLoreProjection",
+    "HFAdamW",
+    "LISASchedule",
+    "LoRAFAPreconditioner",
+    "LoRAPlus",
+    "PeriodicLoRASchedule",
     "Procedure",
     "RoSASchedule",
     "Runner",
+    "SoRASchedule",
     "attach",
     "build_optimizer",
     "load_masks",
+    "next_task",
     "save_masks",
 ]

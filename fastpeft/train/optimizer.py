@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from fastpeft.registry import Holder, Method
 from fastpeft.train.protocol import Procedure
 
 
@@ -25,7 +26,7 @@ def build_optimizer(
     names = {p: n for n, p in model.named_parameters() if p.requires_grad}
     if not names:
         raise ValueError(f"build_optimizer: no parameter of this {type(model).__name__} trains; call fastpeft.adapt first.")
-    groups: list[dict[str, Any]] = [{"params": list(names)}]
+    groups: list[dict[str, Any]] = [{"params": list(names), "lr": lr}]
     for procedure in procedures:
         groups = [g for g in procedure.param_groups(model, groups) if g["params"]]
         held = [p for g in groups for p in g["params"]]
@@ -36,6 +37,35 @@ def build_optimizer(
                 f"train; each belongs in exactly one group{': ' + ', '.join(wrong[:4]) if wrong else ''}."
             )
     return cls(groups, lr=lr, **options)
+
+
+def check_groups(model: nn.Module, procedures: Sequence[Procedure], optimizer: Optimizer, who: str) -> None:
+    """ValueError if a group of the optimiser holds parameters that the procedures keep apart."""
+    names = {p: n for n, p in model.named_parameters() if p.requires_grad}
+    groups: list[dict[str, Any]] = [{"params": list(names), "lr": 1.0}]
+    for procedure in procedures:
+        groups = procedure.param_groups(model, groups)
+    place = {p: k for k, g in enumerate(groups) for p in g["params"]}
+    for group in optimizer.param_groups:
+        first: dict[int, str] = {}
+        for p in group["params"]:
+            if p in place:
+                first.setdefault(place[p], names.get(p, "?"))
+        if len(first) > 1:
+            raise ValueError(
+                f"{who}: the optimiser has {' and '.join(list(first.values())[:2])} in one group, which "
+                f"{', '.join(type(p).__name__ for p in procedures)} gives settings of their own; make it with "
+                "fastpeft.train.build_optimizer(model, procedures, ...)."
+            )
+
+
+def with_role(model: nn.Module, role: str) -> list[nn.Parameter]:
+    """Every adapter parameter of that role (a method's ROLES), each once."""
+    found: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        if isinstance(module, (Method, Holder)):
+            found |= {p: None for n, p in module.named_parameters() if module.ROLES.get(n.split(".")[0]) == role}
+    return list(found)
 
 
 def split_off(groups: list[dict[str, Any]], chosen: Iterable[nn.Parameter], **settings: Any) -> list[dict[str, Any]]:

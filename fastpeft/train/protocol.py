@@ -25,6 +25,7 @@ class Context:
 
     model: the attached module.   optimizer: the one that steps (inside a wrapper that has one).   accumulation: micro-batches in a step.
     step: optimiser steps that took place; it moves between after_step and on_step_end, and not for a skipped step.
+    total_steps: how many the run will take, where the loop has said so.
     silent: true inside quiet().   closing: what to undo when the runner ends, however it ends.
     """
 
@@ -32,6 +33,7 @@ class Context:
     optimizer: Optimizer
     accumulation: int
     step: int = 0
+    total_steps: int | None = None
     silent: bool = False
     closing: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 

@@ -27,13 +27,18 @@ from fastpeft.train.protocol import Batch, Context, Procedure
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, procedures: Sequence[Procedure], accumulation: int = 1
+    model: nn.Module,
+    optimizer: Optimizer,
+    procedures: Sequence[Procedure],
+    accumulation: int = 1,
+    total_steps: int | None = None,
 ) -> Runner:
     """A Runner for this model; enter it with `with`, and call its step_end() after each step.
 
     model: the module that the loop calls (the DDP or compiled wrapper, if there is one).
     optimizer: torch's, or a wrapper with the inner one as `.optimizer`.
     accumulation: how many backwards make a step.
+    total_steps: how many steps the run will take in all, for procedures with a schedule over it.
     Raises TypeError / ValueError on other things.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
@@ -47,7 +52,9 @@ def attach(
         raise ValueError("attach: one procedure was given twice; each has its own state, so make two.")
     if not isinstance(accumulation, int) or isinstance(accumulation, bool) or accumulation < 1:
         raise ValueError(f"attach: accumulation={accumulation!r}; it must be an int of at least 1, the backwards in a step.")
-    return Runner(Context(model, inner, accumulation), list(procedures))
+    if total_steps is not None and (not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1):
+        raise ValueError(f"attach: total_steps={total_steps!r}; it must be an int of at least 1, the steps of the whole run, or None.")
+    return Runner(Context(model, inner, accumulation, total_steps=total_steps), list(procedures))
 
 
 class Runner:
@@ -61,6 +68,11 @@ class Runner:
     def _idle(self) -> None:
         """Between two steps. begun: a forward was seen.   took: the optimiser stepped (False: it was asked to, and did not)."""
         self._begun, self._took, self._micro, self._task = False, None, 0, -1
+
+    @property
+    def micro(self) -> int:
+        """How many backwards the step has had so far; 0 between two steps."""
+        return self._micro
 
     @property
     def done(self) -> bool:
