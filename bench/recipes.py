@@ -26,6 +26,7 @@ from fastpeft.job.arms import FASTPEFT, FROZEN, PEFT, Arm, build_arms
 from fastpeft.job.data import encode, load_texts
 from fastpeft.job.loop import is_own, train, train_step, trainee
 from fastpeft.job.models import find_model, load_model, load_tokenizer
+from fastpeft.job.procedures import without_source
 from fastpeft.job.settings import Settings
 from fastpeft.registry import every_recipe
 
@@ -108,6 +109,8 @@ def time_all(bench: Bench, found: dict[str, tuple[str, dict[str, Any]]], rounds:
         arms[PEFT] = bench.arm(PEFT, bench.settings("lora", {}, None), 0)
         arms["frozen again"] = copy.deepcopy(arms[FROZEN])
         trainees = {name: trainee(arm, settings, total_steps=measure.LONG_RUN) for name, arm in arms.items()}
+        for procedure in without_source([p for arm in arms.values() for p in arm.procedures]):
+            procedure.source = [batch]
         steps = {name: functools.partial(train_step, t, batch, settings.lr, settings) for name, t in trainees.items()}
         with contextlib.ExitStack() as stack:
             for t in trainees.values():

@@ -33,6 +33,7 @@ __all__ = [
     "adapters_off",
     "dropout_mask",
     "export_lora",
+    "laplace",
     "load_adapter",
     "merge",
     "methods",
@@ -43,6 +44,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":  # imported when asked for
-        return importlib.import_module("fastpeft.train")
+    if name in ("train", "laplace"):  # imported when asked for
+        return importlib.import_module(f"fastpeft.{name}")
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

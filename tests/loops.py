@@ -36,6 +36,11 @@ def collate(rows):
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 
+def held_out():
+    """Batches beside those of the loop."""
+    return train.Batches(examples(5, seed=9), 2, collate=collate)
+
+
 @dataclass
 class Case:
     """A method, the procedures to train it with, and the optimiser."""
@@ -68,6 +73,10 @@ MORE = {
     "sora": Case("sora", lambda: [train.SoRASchedule()]),
     "delta_lora": Case("delta_lora", lambda: [train.DeltaLoRASchedule(start=3)]),
     "periodic_lora": Case("periodic_lora", lambda: [train.PeriodicLoRASchedule()]),
+    "alora_alloc": Case("alora_alloc", lambda: [train.ALoRAAllocation(held_out(), interval=4)]),
+    "aflora": Case("aflora", lambda: [train.AFLoRAFreezing(4, 0.3, deltaT=2)]),
+    "bilora": Case("bilora", lambda: [train.BiLoRABilevel(held_out(), hypergrad="darts", lr=0.1)]),
+    "o_lora": Case("o_lora", lambda: [train.OLoRAPenalty()], {"previous": 1}),
 }
 
 

@@ -6,6 +6,7 @@ None means no dropout. Gradients come from ordinary autograd.
 
 from __future__ import annotations
 
+import math
 import statistics
 
 import torch
@@ -296,3 +297,47 @@ def galore_project(G, left=None, right=None):
     """arXiv 2403.03507, section 3: left^T G right^T, with the sides that there are; left [out, r], right [r, in]."""
     R = G if left is None else torch.einsum("or,oi->ri", left, G)
     return R if right is None else torch.einsum("oi,ri->or", R, right)
+
+
+def kfac(u, g, p, kept):
+    """arXiv 2308.13111, U and G: u [n, t, q] read by a factor, g [n, t, c, p'] = d(-log p_c)/dz, p [n, c], kept [n, t] (no padding)."""
+    U, G = u.new_zeros(u.shape[-1], u.shape[-1]), g.new_zeros(g.shape[-1], g.shape[-1])
+    for n in range(u.shape[0]):
+        for t in range(u.shape[1]):
+            if kept[n, t]:
+                U += torch.outer(u[n, t], u[n, t])
+                for c in range(p.shape[1]):
+                    G += p[n, c] * torch.outer(g[n, t, c], g[n, t, c])
+    return U, G
+
+
+def laplace_precision(G, U, count, lam):
+    """arXiv 2308.13111: the precision over a factor's entries in rows, G (x) U / count + lam I."""
+    P = torch.kron(G.contiguous(), U.contiguous()) / count
+    return P + lam * torch.eye(len(P), dtype=P.dtype)
+
+
+def laplace_woodbury(J, small, B, lam, wide):
+    """Appendix E: (J P^-1 J^T, logdet P) without P; its large side is B B^T, the small one whole; wide: which of the two it is, 0 or 1.
+
+    J [classes, p, q]
+    """
+    L = torch.linalg.cholesky(small)
+    left, right = (B, L) if wide == 0 else (L, B)
+    s2 = 1 / lam
+    M = torch.kron((left.T @ left).contiguous(), (right.T @ right).contiguous())
+    M = torch.eye(len(M), dtype=M.dtype) + s2 * M
+    h = (left.T @ J @ right).flatten(1)
+    J = J.flatten(1)
+    return s2 * J @ J.T - s2**2 * h @ torch.linalg.solve(M, h.T), torch.linalg.slogdet(M)[1] + J.shape[1] * math.log(lam)
+
+
+def expected_calibration_error(p, y, bins):
+    """Bin by bin: the share of samples times |accuracy - mean confidence| of the likeliest class."""
+    total = 0.0
+    for b in range(bins):
+        inside = [n for n in range(len(y)) if b / bins < p[n].max() <= (b + 1) / bins]
+        if inside:
+            right = sum(float(p[n].argmax() == y[n]) for n in inside)
+            total += abs(right - sum(p[n].max().item() for n in inside)) / len(y)
+    return total

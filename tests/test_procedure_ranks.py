@@ -8,9 +8,13 @@ import pytest
 import torch
 from checks import DT
 from procedure_runs import Run, assert_same, on_ranks, plain, tokens
+from test_aflora_procedure import run_of as aflora
+from test_alora_procedure import run_of as alora
+from test_bilora_procedure import run_of as bilora
 from test_delta_lora import made as delta_lora
 from test_galore import made as galore
 from test_lisa import made as lisa
+from test_o_lora_procedure import run_of as o_lora
 from test_periodic_lora import made as periodic_lora
 from tolerance import assert_fp64
 
@@ -32,6 +36,11 @@ RUNS = {
     "lisa": run(lisa, train.LISASchedule, active=2, interval=3, seed=4),
     "galore": run(galore, train.GaLoreProjection, train.GaLoreAdamW),
     "galore both sides": run(functools.partial(galore, proj_type="full"), train.GaLoreProjection, train.GaLoreAdamW),
+    "alora_alloc": alora(9),
+    "aflora": aflora(20),
+    "bilora": bilora(6, 2),
+    "bilora darts": bilora(6, hypergrad="darts"),
+    "o_lora": o_lora(6),
 }
 
 
@@ -48,6 +57,8 @@ def test_two_ranks_agree(name, ranks):
     for n, t in alone.state_dict().items():
         if "galore" in name:  # whose projections are made in fp32 (see test_galore)
             assert (first[n] - t).abs().max() <= torch.finfo(torch.float32).eps * max(1.0, t.abs().max()), n
+        elif "bilora" in name:  # whose upper gradients divide rounding by the width of a difference
+            torch.testing.assert_close(first[n], t, rtol=1e-9, atol=1e-11)
         elif t.dtype is DT:
             assert_fp64(first[n], t, n)
         else:

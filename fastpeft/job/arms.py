@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.job.errors import JobError
-from fastpeft.job.procedures import build_procedures, check_fit
+from fastpeft.job.procedures import build_procedures, check_fit, without_source
 from fastpeft.job.settings import CLASSIFICATION, Settings
 
 FROZEN, PEFT, FASTPEFT = "frozen", "peft", "fastpeft"
@@ -103,6 +103,8 @@ def _fastpeft(model: Any, new: list[str], settings: Settings) -> Arm:
     note = f"fastpeft {settings.method}, {len(report.adapted)} layers, adapter in {_adapter_dtype(model)}"
     if procedures:
         note += f", with {', '.join(names)}"
+    for p in without_source(procedures):
+        note += f"; {p.HOLDS_OUT:.0%} of the training examples are {type(p).__name__}'s alone, no arm trains on them"
     note = "; ".join([note, *report.notes])
     return Arm(FASTPEFT, f"fastpeft {settings.method}", note, model, procedures)
 

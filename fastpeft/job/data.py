@@ -146,6 +146,11 @@ class Examples:
             }
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
+    def part(self, index: list[int]) -> Examples:
+        """The examples at these indices."""
+        labels = None if self.labels is None else [self.labels[k] for k in index]
+        return Examples([self.ids[k] for k in index], labels, self.pad)
+
     def in_order(self, size: int) -> Iterator[dict[str, Tensor]]:
         for start in range(0, len(self), size):
             yield self.batch(list(range(start, min(start + size, len(self)))))

@@ -25,6 +25,7 @@ from fastpeft.job.data import Examples
 from fastpeft.job.early_stopping import EarlyStopping
 from fastpeft.job.errors import JobError
 from fastpeft.job.evaluate import Score, evaluate
+from fastpeft.job.procedures import hold_out
 from fastpeft.job.settings import Settings
 from fastpeft.job.weights import copy_weights, set_weights
 from fastpeft.train import attach
@@ -143,9 +144,10 @@ def train(
 ) -> None:
     """Train all arms of one seed for settings.epochs, from wherever the trainees are: at the start, or resumed.
 
-    An arm that stops early takes no further step; with early stopping every arm ends with its best epoch's weights.
+    What a procedure wants for itself (fastpeft.job.procedures.hold_out) no arm trains on. An arm that stops early takes no further step; with early stopping every arm ends with its best epoch's weights.
     after_step(steps done) is called within an epoch, after_epoch(epochs done) after its evaluation.
     """
+    data = hold_out([p for t in trainees for p in t.arm.procedures], data, settings.batch_size, seed)
     per_epoch = len(data.order(settings.batch_size, seed=seed, epoch=0))
     with contextlib.ExitStack() as stack:
         for t in trainees:

@@ -17,6 +17,7 @@ from fastpeft.job.errors import JobError
 from fastpeft.job.loop import train_step, trainee
 from fastpeft.job.measure import LONG_RUN
 from fastpeft.job.models import Source, load_model
+from fastpeft.job.procedures import without_source
 from fastpeft.job.settings import Settings
 
 STEPS = 5
@@ -94,6 +95,8 @@ def _run(spec: dict[str, Any]) -> dict[str, int]:
     [arm] = build_arms([spec["arm"]], model, new, settings, seed=seed)
     arm.model.train()
     loaded = peak_resident()
+    for procedure in without_source(arm.procedures):
+        procedure.source = [batch]  # only the size matters here
     t = trainee(arm, settings, total_steps=LONG_RUN)
     with contextlib.nullcontext() if t.runner is None else t.runner:
         for _ in range(QUICK_STEPS if settings.quick else STEPS):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastpeft.job.data import Examples
 from fastpeft.job.errors import JobError
 from fastpeft.job.measure import LONG_RUN
 
@@ -48,6 +49,28 @@ def _build(cls: Any, options: Mapping[str, Any]) -> Any:
         return cls(**options)
     except (ValueError, TypeError) as e:
         raise JobError(f"finetune: --procedure-option: {e}") from None
+
+
+def without_source(procedures: Sequence[Any]) -> list[Any]:
+    """Those that want data of their own and have none yet; they say what share of the training data in HOLDS_OUT."""
+    return [p for p in procedures if getattr(p, "source", procedures) is None]
+
+
+def hold_out(procedures: Sequence[Any], data: Examples, size: int, seed: int) -> Examples:
+    """The examples that are left to train on where procedures want others for themselves, which they get in batches of `size`."""
+    from fastpeft.train import Batches, divide
+
+    wanting = without_source(procedures)
+    if not wanting:
+        return data
+    share = max(p.HOLDS_OUT for p in wanting)
+    try:
+        rest, own = (data.part(index) for index in divide(len(data), 1 - share, seed))
+    except ValueError as e:
+        raise JobError(f"finetune: {type(wanting[0]).__name__} needs a share {share} of the training examples for itself: {e}") from None
+    for p in wanting:
+        p.source = Batches(range(len(own)), size, seed=seed, collate=own.batch)
+    return rest
 
 
 def check_fit(model: nn.Module, procedures: Sequence[Any]) -> None:

@@ -4,7 +4,7 @@
 can move between layers without a parameter being replaced. s keeps the first rank. `close` gates ranks off and clears them, `open`
 starts spare ones afresh, A uniform on +-1/sqrt(in) and B zero, which changes no output. Both clear the moments that an
 optimiser keeps of those ranks, so a closed rank stays at zero. The gate is saved; merge and export take the live ranks. Which
-rank goes where is a procedure's matter. A starts Kaiming uniform (a = sqrt(5)), B at zero. Not PEFT's alora (activated LoRA).
+rank goes where is fastpeft.train.ALoRAAllocation's matter. A starts Kaiming uniform (a = sqrt(5)), B at zero. Not PEFT's alora (activated LoRA).
 
 Paper: arXiv 2403.16187.
 """
@@ -36,6 +36,7 @@ Moments = Mapping[Any, Mapping[str, Any]]
 @method("alora_alloc", paper="arXiv 2403.16187")
 class ALoRAAlloc(Method):
     ROLES: ClassVar = {"A": "down", "B": "up"}
+    PROCEDURE: ClassVar = "ALoRAAllocation"
     NOTES: ClassVar = Notes(
         formula="W + alpha / rank * B diag(gate) A",
         defaults="rank 8 as in the paper; alpha 8 is LoRA's here (the paper gives none); capacity 2 * rank is ours",
@@ -44,6 +45,9 @@ class ALoRAAlloc(Method):
             "spare ranks are allocated and gated, where the paper concatenates; a layer cannot grow beyond its capacity.",
             "new ranks start as LoRA's (A random, B zero), so that they change no output; the paper says only 'newly initialised'.",
             "s stays alpha / rank as ranks come and go; the paper does not say.",
+            "ranks closed per round: one per type of adapted module in all; the paper's count per block would be 32 times that in LLaMA-2.",
+            "K2 is a quarter of the steps before the first round, which is a quarter of an epoch where that comes after the first epoch.",
+            "a layer that has lost every rank has the lowest mean score; the paper does not say.",
         ),
     )
 
@@ -75,12 +79,12 @@ class ALoRAAlloc(Method):
 
     @torch.no_grad()
     def open(self, count: int, moments: Moments | None = None, generator: torch.Generator | None = None) -> list[int]:
-        """Gate `count` spare ranks on, newly started; returns which. Every process of a data-parallel run must draw the same."""
+        """Gate `count` spare ranks on, newly started; returns which. generator: on the CPU; each process of a parallel run must draw the same."""
         spare = (~self.gate).nonzero().flatten()
         check_int("alora_alloc.open", "count", count, 0, len(spare), self.site, "the spare ranks of its capacity")
         bound = self.A.shape[1] ** -0.5
-        fresh = torch.empty_like(self.A[:count]).uniform_(-bound, bound, generator=generator)
-        self._reset(spare[:count], True, fresh, moments)
+        fresh = torch.empty(count, self.A.shape[1], dtype=self.A.dtype).uniform_(-bound, bound, generator=generator)
+        self._reset(spare[:count], True, fresh.to(self.A.device), moments)
         return spare[:count].tolist()
 
     def _reset(self, ranks: Tensor, on: bool, A: Tensor | float, moments: Moments | None) -> None:

@@ -1,9 +1,10 @@
 """BiLoRA: W + s B diag(v) A, s = alpha / rank, v = v(E).   A [rank, in], B [out, rank] and E [rank] train.
 
 values="softmax": v = softmax(E) over the ranks of the layer; "real": v = E; "sigmoid": v = sigmoid(E), near 0 or 1 under
-`binary_entropy`. A and B are the lower level of a bi-level problem and E the upper one, on other data: that is a procedure's
-matter, and without it all three train alike. A starts normal(0, 0.02), B at zero, E at zero (v = 1/rank or 1/2), for "real" at
-1/rank, since zero beside a zero B would have no gradient anywhere. v is folded into A; export holds v and not E.
+`binary_entropy`. A and B are the lower level of a bi-level problem and E the upper one, on other data: that is
+fastpeft.train.BiLoRABilevel's matter, and without it all three train alike. A starts normal(0, 0.02), B at zero, E at zero
+(v = 1/rank or 1/2), for "real" at 1/rank, since zero beside a zero B would have no gradient anywhere. v is folded into A; export
+holds v and not E.
 
 Paper: arXiv 2403.13037.
 """
@@ -30,6 +31,7 @@ def binary_entropy(v: Tensor) -> Tensor:
 @method("bilora", paper="arXiv 2403.13037")
 class BiLoRA(Method):
     ROLES: ClassVar = {"A": "down", "B": "up", "E": "gate"}
+    PROCEDURE: ClassVar = "BiLoRABilevel"
     NOTES: ClassVar = Notes(
         formula="W + alpha / rank * B diag(v(E)) A, v = softmax, identity or sigmoid",
         defaults="values='softmax' is the paper's; rank 8 and alpha 16 are ours, its own could not be confirmed",
@@ -38,6 +40,8 @@ class BiLoRA(Method):
             "A starts normal(0, 0.02) as AdaLoRA's and B at zero, so that every parametrisation starts at W; not confirmed.",
             "values='real' starts at 1/rank; not confirmed (zero would leave nothing with a gradient).",
             "orthogonality() squares the norms (R1); the paper's norm and averaging are not confirmed.",
+            "one lower and one upper step in turn, gamma1 0.1, and the upper AdamW's settings are BiDoRA's or ours; not confirmed.",
+            "the upper passes run without dropout.",
             "binary_entropy (R2) is our choice for the approximately binary values; the paper's term is not confirmed.",
         ),
     )

@@ -1,9 +1,9 @@
 """O-LoRA: W + s B_prev A_prev + s B A, s = alpha / rank: one LoRA per task, the earlier ones frozen and active.
 
 A [rank, in] and B [out, rank] train; A_prev [previous * rank, in] and B_prev [out, previous * rank], frozen, are saved with them.
-`penalty` pulls the row space of A away from those of earlier tasks. Between two tasks fastpeft.train.next_task stacks A and B
-under the earlier factors and starts new ones, in place (`advance` for one layer); the optimiser must be a new one. A starts
-Kaiming uniform (a = sqrt(5)), B at zero. One dropout mask on x serves old and new factors.
+`penalty` (fastpeft.train.OLoRAPenalty) pulls the row space of A away from those of earlier tasks. Between two tasks
+fastpeft.train.next_task stacks A and B under the earlier factors and starts new ones, in place (`advance` for one layer); the
+optimiser must be a new one. A starts Kaiming uniform (a = sqrt(5)), B at zero. One dropout mask on x serves old and new factors.
 With previous=n in adapt, n tasks' factors of zeros wait to be loaded. Not PEFT's olora (a QR start of LoRA).
 
 Paper: arXiv 2310.14152.
@@ -47,6 +47,7 @@ class OLoRA(Method):
     A_prev: Tensor | None
     B_prev: Tensor | None
     ROLES: ClassVar = {"A": "down", "B": "up"}
+    PROCEDURE: ClassVar = "OLoRAPenalty"
     NOTES: ClassVar = Notes(
         formula="W + alpha / rank * (B_prev A_prev + B A)",
         defaults="the authors' code: rank 8, alpha 32",
@@ -54,6 +55,7 @@ class OLoRA(Method):
         deviations=(
             "dropout is 0 by default, as for every method here; the authors' scripts say 0.1.",
             "penalty() sums absolute values as the authors' code does; the paper's squared form is orth='fro2'.",
+            "the penalty counts once per optimiser step; the authors' code, without DeepSpeed, once per micro-batch.",
             "penalty() is computed in fp32 or wider; the authors' code takes the training dtype.",
             "export writes the stacked rank with its own scale; the authors' folders keep the first task's rank and alpha.",
         ),

@@ -11,6 +11,9 @@
 """
 
 from fastpeft.train.adalora import AdaLoRASchedule
+from fastpeft.train.aflora import AFLoRAFreezing
+from fastpeft.train.alora import ALoRAAllocation
+from fastpeft.train.bilora import BiLoRABilevel
 from fastpeft.train.delta_lora import DeltaLoRASchedule
 from fastpeft.train.dylora import DyLoRASampling
 from fastpeft.train.galore import GaLoreAdamW, GaLoreProjection
@@ -18,17 +21,22 @@ from fastpeft.train.lisa import LISASchedule
 from fastpeft.train.lora_fa import HFAdamW, LoRAFAPreconditioner
 from fastpeft.train.lora_plus import LoRAPlus
 from fastpeft.train.masks import load_masks, save_masks
-from fastpeft.train.o_lora import next_task
+from fastpeft.train.o_lora import OLoRAPenalty, next_task
 from fastpeft.train.optimizer import build_optimizer
 from fastpeft.train.periodic_lora import PeriodicLoRASchedule
 from fastpeft.train.protocol import Batch, Context, Procedure
 from fastpeft.train.rosa import RoSASchedule
 from fastpeft.train.runner import Runner, attach
 from fastpeft.train.sora import SoRASchedule
+from fastpeft.train.source import Batches, divide
 
 __all__ = [
+    "AFLoRAFreezing",
+    "ALoRAAllocation",
     "AdaLoRASchedule",
     "Batch",
+    "Batches",
+    "BiLoRABilevel",
     "Context",
     "DeltaLoRASchedule",
     "DyLoRASampling",
@@ -38,6 +46,7 @@ __all__ = [
     "LISASchedule",
     "LoRAFAPreconditioner",
     "LoRAPlus",
+    "OLoRAPenalty",
     "PeriodicLoRASchedule",
     "Procedure",
     "RoSASchedule",
@@ -45,6 +54,7 @@ __all__ = [
     "SoRASchedule",
     "attach",
     "build_optimizer",
+    "divide",
     "load_masks",
     "next_task",
     "save_masks",
