@@ -395,6 +395,20 @@ def test_under_transformers_trainer(accumulation, tmp_path):
     assert procedures[0].round == (2 if accumulation == 1 else 4)
 
 
+@pytest.mark.parametrize("saves", [dict(save_strategy="steps", save_steps=5), dict(save_strategy="epoch")], ids=str)
+@pytest.mark.parametrize("name", ["alora_alloc", "periodic_lora"])
+def test_resuming_a_trainer_at_the_end_of_an_epoch(name, saves, tmp_path):
+    """A checkpoint of the last step is written before the epoch's end, one per epoch after it: it comes once in either run."""
+    pytest.importorskip("transformers")
+    import loops
+
+    case = loops.MORE[name]
+    whole, resumed = case.begin(), case.begin()
+    loops.trainer_of(whole, tmp_path, 3, **saves).train()
+    loops.trainer_of(resumed, tmp_path, 3, **saves).train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    loops.assert_same(resumed[0], whole[0])
+
+
 def test_in_the_job(tmp_path, monkeypatch):
     """A part of the training examples is the allocation's; a round takes place after the first epoch."""
     pytest.importorskip("transformers")

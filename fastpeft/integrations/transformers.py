@@ -46,6 +46,7 @@ class ProcedureCallback(TrainerCallback):
         self.procedures, self.resume_from = list(procedures), resume_from
         self.runner: Runner | None = None
         self._update = self._place = 0  # steps of this epoch so far, and at the beginning of the next one
+        self._ended = False  # whether this epoch's end has been told
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **more: Any
@@ -57,15 +58,19 @@ class ProcedureCallback(TrainerCallback):
         runner = attach(
             model, inner, self.procedures, accumulation=args.gradient_accumulation_steps, total_steps=state.max_steps
         )
-        if state.global_step:
-            runner.load_state_dict(self._read(args, state, model, inner))
+        saved = self._read(args, state, model, inner) if state.global_step else {}
+        if saved:
+            runner.load_state_dict(saved["runner"])
         self.runner = runner.__enter__()
+        if saved.get("epoch_ends"):
+            # the Trainer goes on with the next epoch, and does not say again that this one is over
+            runner.epoch_end()
         loader = more.get("train_dataloader")
         skipping = has_length(loader) and not args.ignore_data_skip
         self._place = state.global_step % _updates(args, loader) if skipping else 0
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-        self._update, self._place = self._place, 0
+        self._update, self._place, self._ended = self._place, 0, False
 
     def on_step_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **more: Any) -> None:
         # the Trainer leaves the gradients of an epoch that ends inside a step for the next one
@@ -85,10 +90,14 @@ class ProcedureCallback(TrainerCallback):
         whole = has_length(train_dataloader) and self._update == _updates(args, train_dataloader)
         if whole or not control.should_training_stop:
             self._open().epoch_end()
+            self._ended = True
 
-    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **more: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **more: Any) -> None:
         runner = self._open()
-        saved = {"step": state.global_step, "parameters": _fingerprint(model, runner.ctx.optimizer), "runner": runner.state_dict()}
+        # a checkpoint of an epoch's last step comes before that epoch's end
+        ends = has_length(train_dataloader) and self._update == _updates(args, train_dataloader) and not self._ended
+        saved = {"step": state.global_step, "parameters": _fingerprint(model, runner.ctx.optimizer)}
+        saved |= {"epoch_ends": ends, "runner": runner.state_dict()}
         buffer = io.BytesIO()
         torch.save(saved, buffer)
         folder, name = _folder(args, state), _name(args)
@@ -117,12 +126,12 @@ class ProcedureCallback(TrainerCallback):
         return self.runner
 
     def _read(self, args: Any, state: Any, model: nn.Module, optimizer: Optimizer) -> Mapping[str, Any]:
-        """The runner's state in the checkpoint that the Trainer has just read."""
+        """What `on_save` wrote into the checkpoint that the Trainer has just read."""
         folder = _folder(args, state) if self.resume_from is None else Path(self.resume_from)
         path = folder / _name(args)
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-            step, parameters, runner = saved["step"], saved["parameters"], saved["runner"]
+            step, parameters, _ = saved["step"], saved["parameters"], saved["runner"]
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"ProcedureCallback: training resumes at step {state.global_step}, and {path} with the state of the procedures does "
@@ -135,7 +144,7 @@ class ProcedureCallback(TrainerCallback):
                 f"ProcedureCallback: {path} was saved at step {step} beside other parameters than the model has at step "
                 f"{state.global_step}; say ProcedureCallback(..., resume_from=folder) with the folder given to train()."
             )
-        return runner
+        return saved
 
 
 def _refuse(args: Any, state: Any, model: nn.Module) -> None:

@@ -16,7 +16,9 @@ def live_weights(model: nn.Module) -> dict[str, Tensor]:
     """Name -> the model's own tensor."""
     record = model.__dict__.get(RECORD)
     own = set() if record is None else set(record.trained)  # which train without a gradient of their own, or only at times
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad or n in own}
+    # an adapter's own that are frozen now may have trained before (AFLoRA)
+    adapters = {p for m in model.modules() if isinstance(m, Method) for p in m.parameters()}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad or n in own or p in adapters}
     return trained | dict(model.named_buffers())
 
 
