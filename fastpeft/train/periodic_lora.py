@@ -9,6 +9,7 @@ from fastpeft.method.periodic_lora import PeriodicLoRA
 from fastpeft.registry import check_finite, check_int
 from fastpeft.train.layers import held, seeded, take_charge
 from fastpeft.train.protocol import Context, Procedure
+from fastpeft.train.rate import StageRate
 
 
 class PeriodicLoRASchedule(Procedure):
@@ -28,29 +29,19 @@ class PeriodicLoRASchedule(Procedure):
         self.steps = None if steps is None else check_int("PeriodicLoRASchedule", "steps", steps, 1, None, "steps")
         if not 0.0 <= check_finite("PeriodicLoRASchedule", "momentum", momentum) < 1.0:
             raise ValueError(f"PeriodicLoRASchedule: momentum={momentum}; it must be at least 0 and less than 1.")
-        self.momentum, self.rate, self.seed = float(momentum), rate, seed
+        self.momentum, self.rate, self.seed = float(momentum), StageRate(rate), seed
         self.began = 0
         self._layers: dict[str, PeriodicLoRA] = {}
-        self._rates: list[Any] = []
 
     def on_train_begin(self, ctx: Context) -> None:
         self._layers = take_charge(ctx, PeriodicLoRA, "PeriodicLoRASchedule", "periodic_lora")
-        ctx.closing.callback(self._put_back, ctx)
+        ctx.closing.callback(self.rate.put_back, ctx.optimizer)
 
     def before_step(self, ctx: Context) -> None:
-        if self.rate is not None:
-            factor = self.rate(ctx.step - self.began)
-            self._rates = [g["lr"] for g in ctx.optimizer.param_groups]
-            for group in ctx.optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
+        self.rate.set(ctx.optimizer, ctx.step - self.began)
 
     def after_step(self, ctx: Context, skipped: bool) -> None:
-        self._put_back(ctx)
-
-    def _put_back(self, ctx: Context) -> None:
-        for group, lr in zip(ctx.optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = lr
-        self._rates = []
+        self.rate.put_back(ctx.optimizer)
 
     def on_step_end(self, ctx: Context) -> None:
         if self.steps is not None and ctx.step - self.began == self.steps:

@@ -16,6 +16,7 @@ from fastpeft.method.sora import SoRA, soft_threshold
 from fastpeft.registry import check_finite, check_int
 from fastpeft.train.layers import parts_of, take_charge
 from fastpeft.train.protocol import Context, Procedure
+from fastpeft.train.rate import StageRate
 
 SPACINGS = ("linear", "log_linear", "exp_linear")
 
@@ -84,10 +85,9 @@ class SoRASchedule(Procedure):
             if value is not None:
                 check_int("SoRASchedule", name, value, 1, None, name)
         self.epochs, self.steps, self.first = epochs, steps, first
-        self.l1, self.times_lr, self.compat_official, self.rate = float(l1), times_lr, compat_official, rate
+        self.l1, self.times_lr, self.compat_official, self.rate = float(l1), times_lr, compat_official, StageRate(rate)
         self.stage = self._began = self._count = 0  # the step that the stage began at, its epochs or steps so far
         self._layers: dict[str, SoRA] = {}
-        self._rates: list[Any] = []
 
     @property
     def done(self) -> bool:
@@ -126,7 +126,7 @@ class SoRASchedule(Procedure):
         ctx.closing.callback(self._release, ctx)
 
     def _release(self, ctx: Context) -> None:
-        self._put_back(ctx)
+        self.rate.put_back(ctx.optimizer)
         self._layers = {}
 
     def _groups(self, ctx: Context) -> dict[Tensor, dict[str, Any]]:
@@ -139,11 +139,7 @@ class SoRASchedule(Procedure):
         return self.l1 * torch.cat([g.to(gates[0].device) for g in gates]).abs().mean()
 
     def before_step(self, ctx: Context) -> None:
-        if self.rate is not None:
-            factor = self.rate(ctx.step - self._began)
-            self._rates = [g["lr"] for g in ctx.optimizer.param_groups]
-            for group in ctx.optimizer.param_groups:
-                group["lr"] = group["lr"] * factor
+        self.rate.set(ctx.optimizer, ctx.step - self._began)
 
     @torch.no_grad()
     def after_step(self, ctx: Context, skipped: bool) -> None:
@@ -152,12 +148,7 @@ class SoRASchedule(Procedure):
             for m in self._layers.values():
                 eta = float(groups[m.g]["lr"]) if self.times_lr else 1.0
                 m.g.copy_(soft_threshold(m.g, eta * self.threshold, compat_official=self.compat_official))
-        self._put_back(ctx)
-
-    def _put_back(self, ctx: Context) -> None:
-        for group, lr in zip(ctx.optimizer.param_groups, self._rates, strict=False):
-            group["lr"] = lr
-        self._rates = []
+        self.rate.put_back(ctx.optimizer)
 
     def on_step_end(self, ctx: Context) -> None:
         # a step that was skipped is none
