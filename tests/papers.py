@@ -245,6 +245,8 @@ def superlora_tensor(splits):
         else:
             ranks = "uvwxyz"[: len(factors)]
             made = torch.einsum(",".join(m + r for m, r in zip(modes, ranks, strict=True)) + f",{ranks}->{modes}", *factors, core)
+        # torch.kron refuses some strides, which einsum gives where opt_einsum is installed
+        made = made.contiguous()
         X = made if X is None else torch.kron(X, made)
     return X
 
