@@ -11,7 +11,7 @@ trained with. DyLoRA is cut as it is meant to be.
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import json
 import statistics
 from collections.abc import Mapping
@@ -128,16 +128,10 @@ def _steps(t: Trainee, batch: dict[str, Tensor], settings: Settings, count: int 
     assert t.optimizer is not None
     seen: list[int] = []
     handle = t.optimizer.register_step_pre_hook(lambda *_: seen.append(_grads(t)))
-    try:
-        if t.runner is None:
-            for _ in range(count):
-                train_step(t, batch, settings.lr, settings)
-        else:
-            with t.runner:
-                for _ in range(count):
-                    train_step(t, batch, settings.lr, settings)
-    finally:
-        handle.remove()
+    with contextlib.nullcontext() if t.runner is None else t.runner:
+        for _ in range(count):
+            train_step(t, batch, settings.lr, settings)
+    handle.remove()
     return max(seen)
 
 
@@ -212,7 +206,7 @@ def main() -> None:
                 if (title, seed, bench.base.epochs) not in done:
                     run(bench, title, seed)
         if args.bytes:
-            memory(copy.copy(bench))
+            memory(bench)
     if args.plot:
         plot()
     print(summary())

@@ -101,12 +101,16 @@ class AdaptedLinear(nn.Linear):
 
 
 def _give(layer: nn.Module, base: Plain, method: str | list[str], options: Mapping[str, Any]) -> None:
-    """Build the adapter of a layer that stands alone; what its methods would share with others is its own."""
-    found = recipes(method, options)
-    holders, by_site = shared_holders(found, {"linear": (base, options)})
-    layer.adapter = build_adapter("linear", base, Build(found), options, by_site["linear"])
+    """Give a layer that stands alone its adapter, and what that would share with others."""
+    layer.adapter, holders = build_alone("linear", base, recipes(method, options), options)
     if holders:
         layer.adapter_shared = holders
+
+
+def build_alone(name: str, base: Plain, found: list[Recipe], options: Mapping[str, Any]) -> tuple[Adapter, nn.ModuleDict]:
+    """The adapter of a layer that shares with no other, and its holders."""
+    holders, by_site = shared_holders(found, {name: (base, options)})
+    return build_adapter(name, base, Build(found), options, by_site[name]), holders
 
 
 def adapted_forward(module: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -187,8 +191,6 @@ def build_adapter(
     if build.quantize is not None:
         from fastpeft.quantised import store
 
-        if base.W is None:
-            raise ValueError(f"adapt: quantize={build.quantize!r} at {name!r}, whose weight is quantised already; leave it out.")
         stored = store(name, base, build.quantize)
     seen = base if stored is None else stored.view()
     built = build_methods(name, seen, build.recipes, options, holders)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastpeft.adapter import Build, build_adapter, shared_holders
+from fastpeft.adapter import build_alone
 from fastpeft.base import Plain
 from fastpeft.registry import Notes, Recipe, Site, every_recipe
 from fastpeft.terms import Bias, Kron, LowRank, is_linear
@@ -66,7 +66,7 @@ def _describe(r: Recipe) -> MethodInfo:
     replaced = False
     with torch.random.fork_rng(devices=[]):
         if r.site == "linear":
-            adapter = _built(r, base)
+            adapter, _ = build_alone("example", base, [r], {})
             (method,), replaced = adapter.methods().values(), "base" in adapter._modules
             base = adapter.base.view() if replaced else base
         else:
@@ -80,12 +80,6 @@ def _describe(r: Recipe) -> MethodInfo:
     return MethodInfo(r.name, r.paper, _summary(r), kinds, r.options, linear, exportable, r.site, r.notes)
 
 
-def _built(r: Recipe, base: Plain) -> Any:
-    """The adapter of one layer that stands alone."""
-    _, by_site = shared_holders([r], {"example": (base, {})}, base.device.type == "meta")
-    return build_adapter("example", base, Build([r]), {}, by_site["example"])
-
-
 def _summary(r: Recipe) -> str:
     """The first paragraph of the method's file."""
     text = inspect.getdoc(inspect.getmodule(r.cls)) or inspect.getdoc(r.cls) or ""
@@ -97,14 +91,13 @@ def trainable(r: Recipe) -> int:
     if r.cls.TRAINS_ALL:
         return WIDTH * WIDTH
     base = Plain(torch.empty(WIDTH, WIDTH, device="meta"))
+    modules: list[torch.nn.Module] = []
     with torch.random.fork_rng(devices=[]):
         if r.site == "linear":
-            module = _built(r, base)
-            shared = [m.holder for m in module.methods().values() if getattr(m, "holder", None) is not None]
+            modules += build_alone("example", base, [r], {})
         else:
-            module, shared = r.build(Site("example", base, torch.float32), {}), []
-    own = {p for m in (module, *shared) for p in m.parameters() if p.requires_grad}
-    return sum(p.numel() for p in own)
+            modules.append(r.build(Site("example", base, torch.float32), {}))
+    return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
 
 
 def markdown() -> str:

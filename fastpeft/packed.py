@@ -7,14 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.linear import run_terms
+from fastpeft.linear import check_input, run_terms
 
 _CLASSES = ("Linear4bit", "Linear8bitLt")
 
 
+def kind_of(cls: type) -> str | None:
+    """ "Linear4bit" or "Linear8bitLt" for such a class of bitsandbytes or a subclass of it, else None; bitsandbytes is not imported."""
+    return next((c.__name__ for c in cls.__mro__ if c.__name__ in _CLASSES and c.__module__.startswith("bitsandbytes.")), None)
+
+
 def is_packed(cls: type) -> bool:
-    """True for bitsandbytes' classes and their subclasses, told by name so that bitsandbytes is not imported."""
-    return any(c.__name__ in _CLASSES and c.__module__.startswith("bitsandbytes.") for c in cls.__mro__)
+    return kind_of(cls) is not None
 
 
 def packed_base(module: nn.Module, dtype: torch.dtype | None = None) -> Any:
@@ -31,9 +35,11 @@ def packed_forward(module: Any, x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
     base = packed_base(module, dtype)
+    x_in, x = x, x.to(dtype)
+    check_input(x, base)
     bias = module.bias if module.bias is None or module.bias.dtype is dtype else module.bias.to(dtype)
     terms = adapter.terms(base) if adapter.enabled else []
-    return run_terms(x.to(dtype), base, bias, terms).to(x.dtype)
+    return run_terms(x, base, bias, terms).to(x_in.dtype)
 
 
 def unpack(module: Any, weight: Tensor) -> None:

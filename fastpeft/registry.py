@@ -265,14 +265,11 @@ class Recipe:
     def build(self, site: Site, options: Mapping[str, Any], holder: Holder | None = None) -> Method:
         """The method at one site; raises ValueError naming the site where options do not fit the layer.
 
-        A method that shares gets `holder`; without one, what it makes for a site alone.
+        holder: of a method that shares, for this site; None where `share` left the site out.
         """
         own = dict(self.defaults) | dict(options)
         if not self.cls.SHARES:
             return self.cls(site, **own)
-        if holder is None:
-            alone = self.cls.share([(site, self.options | own)], False)
-            holder = next((h for h, _ in alone.values()), None)
         built = self.cls(site, holder, **own)
         built.__dict__["holder"] = holder
         return built

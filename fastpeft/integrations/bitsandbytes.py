@@ -11,17 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.ops.nf4 import Nested
+from fastpeft.packed import kind_of
 from fastpeft.quantised import NF4, Int8, Quantised
-
-_CLASSES = ("Linear4bit", "Linear8bitLt")
-
-
-def kind_of(module: nn.Module) -> str | None:
-    """ "Linear4bit" or "Linear8bitLt" for such a layer of bitsandbytes or a subclass of it, else None."""
-    for c in type(module).__mro__:
-        if c.__module__.startswith("bitsandbytes.") and c.__name__ in _CLASSES:
-            return c.__name__
-    return None
 
 
 def base_of(module: nn.Module, dtype: torch.dtype | None = None) -> Quantised:
@@ -32,7 +23,7 @@ def base_of(module: nn.Module, dtype: torch.dtype | None = None) -> Quantised:
     computes with it here and does not round x to int8 (bitsandbytes' law in training on a CPU, and the more exact one).
     TypeError for another layer; ValueError for one whose weight is not quantised yet, or that bitsandbytes repacked.
     """
-    kind = kind_of(module)
+    kind = kind_of(type(module))
     if kind is None:
         raise TypeError(f"bitsandbytes.base_of: got {type(module).__name__}; it takes a Linear4bit or Linear8bitLt of bitsandbytes.")
     return _four_bits(module, dtype) if kind == "Linear4bit" else _eight_bits(module, dtype)
