@@ -71,7 +71,7 @@ def _describe(r: Recipe) -> MethodInfo:
             base = adapter.base.view() if replaced else base
         else:
             method = r.build(Site("example", base, torch.float32), {})
-        terms = method.every_term(base)
+        terms = method.eval().every_term(base)
     kinds = tuple(dict.fromkeys(type(t).__name__ for t in terms))
     linear = is_linear(terms) and r.site == "linear"
     # a LoRA for a base that only this adapter has is none that others could use

@@ -35,8 +35,8 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters, trained modules and trained biases of an adapted model into `folder` (made if absent).
 
-    lora, lora_fa, dora, adalora and loha are written in PEFT's own layout and load in stock PEFT; loha not where PEFT's cannot hold it
-    (trained biases, Conv1D layers, a LyCORIS scale). ValueError if the model is not adapted, OSError if the folder cannot be
+    A method is written in PEFT's own layout where PEFT has it and can hold what was asked (METHODS.md, column PEFT), and then loads
+    in stock PEFT; loha and lokr not where PEFT's cannot hold it (trained biases, Conv1D layers, LyCORIS options). ValueError if the model is not adapted, OSError if the folder cannot be
     written; the folder then still holds the checkpoint it held before.
     """
     record = adaptation(model, "save_adapter")
@@ -58,7 +58,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     """Load a folder written by save_adapter or by PEFT (LoRA, rsLoRA, DoRA, AdaLoRA, LoHa, LoKr, SHiRA) into `model`; returns the Report.
 
     A .safetensors file in a folder's place is read as LyCORIS' (fastpeft.integrations.lycoris.load_lycoris).
-    A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes.
+    A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes, but
+    may be quantised otherwise (its base is the user's choice, as in PEFT).
     16-bit factors are widened to the adapter's fp32 without loss.
     Raises FileNotFoundError for a missing file, CheckpointError for anything that is wrong with it (truncated, missing,
     unexpected, misshapen, not finite, other dtype, other method, pickle); the model is then as it was before.

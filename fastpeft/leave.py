@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastpeft.adapter import FREED, base_of, freed, is_conv1d, release
 from fastpeft.beside import detach
 from fastpeft.packed import is_packed, unpack
-from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
+from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of, opened
 from fastpeft.targets import shared_weights
 from fastpeft.terms import Term, effective_bias, effective_weight, refuse_tokenwise
 from fastpeft.trained import beginnings, refuse_lost, restore
@@ -25,7 +25,7 @@ def unload(model: nn.Module) -> nn.Module:
     were let go with keep_base=False.
     """
     record = adaptation(model, "unload")
-    refuse_lost(record, "unload")
+    refuse_lost(model, record, "unload")
     for name in record.classes:
         if freed(model.get_submodule(name)):
             raise ValueError(f"unload: {name!r}: {FREED} merge gives a dense weight of base and adapter.")
@@ -37,10 +37,7 @@ def unload(model: nn.Module) -> nn.Module:
         detach(model, ffn, record.hooks[name])
     for name, original in record.originals.items():
         _restore_module(model, name, original)
-    for name, value in record.biases.items():
-        with torch.no_grad():
-            model.get_parameter(name).copy_(value)
-    restore(model, record)
+    restore(model, record.kept | record.biases)
     _finish(model, record)
     return model
 
@@ -49,8 +46,9 @@ def merge(model: nn.Module) -> nn.Module:
     """Fold every adapter into its weight and bias, in place, and remove it. Returns the model.
 
     W + delta is formed in fp32 (fp64 for an fp64 base) and rounded once. Modules of modules_to_save and trained biases keep
-    their trained values. A base that a start or `quantize` replaced is made dense, and a layer of bitsandbytes an nn.Linear: nothing of it is rounded again, but the
-    result has the size of the original and not of the quantised weight, and what quantisation lost stays lost.
+    their trained values. A base that a start or `quantize` replaced is made dense, and a layer of bitsandbytes an nn.Linear:
+    nothing of it is rounded again, but the result has the size of the original and not of the quantised weight, and what
+    quantisation lost stays lost.
     Not reversible: keep a copy, or the saved adapter, if the original weights are needed again.
     Raises ValueError, changing nothing, where a method has no single weight, a weight is shared with another module, or a
     merged weight would not be finite.
@@ -97,7 +95,7 @@ def _merge_all(modules: Mapping[str, Any], record: Adaptation) -> None:
 @contextlib.contextmanager
 def _shared_open(model: nn.Module, record: Adaptation) -> Iterator[None]:
     """As within a forward without gradients: what all layers take from one composition is composed once."""
-    holders = [h for h in holders_of(model, record).values() if h.per_forward]
+    holders = opened(model, record)
     try:
         with torch.no_grad():
             for holder in holders:
@@ -148,7 +146,7 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     With overlay=True the weights are put back first, and RuntimeError says so where a backward is still to come.
     """
     record = adaptation(model, "adapters_off")
-    refuse_lost(record, "adapters_off")
+    refuse_lost(model, record, "adapters_off")
     adapters = [model.get_submodule(name).adapter for name in record.sites]
     for name in record.classes:
         module: Any = model.get_submodule(name)
@@ -161,7 +159,6 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     adapters += holders_of(model, record).values()
     enabled = [a.enabled for a in adapters]
     modules = {name: model.get_submodule(name) for name in record.originals}
-    biases = {name: model.get_parameter(name) for name in record.biases}
     try:
         for a in adapters:
             a.enabled = False
@@ -169,20 +166,13 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
             live = next(modules[name].parameters(), None)
             stand_in = original.train(modules[name].training)
             _place(model, name, stand_in if live is None else stand_in.to(live.device, live.dtype))
-        for name, value in record.biases.items():
-            owner, _, leaf = name.rpartition(".")
-            stand_in = value.to(biases[name].device, biases[name].dtype)
-            model.get_submodule(owner)._parameters[leaf] = nn.Parameter(stand_in, requires_grad=False)
-        with beginnings(model, record):
+        with beginnings(model, record.kept | record.biases):
             yield model
     finally:
         for a, flag in zip(adapters, enabled, strict=True):
             a.enabled = flag
         for name, module in modules.items():
             _place(model, name, module)
-        for name, parameter in biases.items():
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._parameters[leaf] = parameter
 
 
 def _strip(module: nn.Module, cls: type) -> None:

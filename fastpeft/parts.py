@@ -28,11 +28,11 @@ def part_of(
         case Dense():
             if isinstance(term.delta, Composed) and not torch.compiler.is_compiling():
                 family = composed.OnBase if on_base and exact else composed.Own
-                return Part(family(term.delta.compose), len(term.delta.tensors), 1.0), term.delta.tensors
+                return Part(family(term.delta.compose), len(term.delta.tensors), term.scale), term.delta.tensors
             # a compiler decides itself what it keeps and what it computes again
             delta = plain_delta(term)
             tensors = (delta, delta.detach()) if torch.compiler.is_compiling() else (delta,)
-            return Part(_dense(delta, on_base and exact), len(tensors), 1.0), tensors
+            return Part(_dense(delta, on_base and exact), len(tensors), term.scale), tensors
         case LowRank():
             ops = _khatri_rao(term, base, on_base and exact, triton)
             return Part(ops, 4, term.scale), (*term.A, *term.B)  # type: ignore[misc]

@@ -69,6 +69,11 @@ def holders_of(model: nn.Module, record: Adaptation) -> dict[str, Any]:
     return {} if child is None else dict(child.named_children())
 
 
+def opened(model: nn.Module, record: Adaptation) -> list[Any]:
+    """The holders that are opened around each forward."""
+    return [h for h in holders_of(model, record).values() if h.per_forward]
+
+
 def adapted_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Adapted layers and FFNs by name."""
     return {n: m for n, m in model.named_modules() if is_adapted(m)}

@@ -29,7 +29,7 @@ from fastpeft.adapter import (
 from fastpeft.beside import FFNAdapter, attach
 from fastpeft.ffn import FFN, find_ffns
 from fastpeft.packed import is_packed
-from fastpeft.record import CONTAINERS, RECORD, SHARED, Adaptation, holders_of
+from fastpeft.record import CONTAINERS, RECORD, SHARED, Adaptation, opened
 from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
 from fastpeft.targets import (
@@ -348,10 +348,10 @@ def _attach(
 
 
 def _open_shared(model: Any, args: Any) -> None:
-    for holder in holders_of(model, model.__dict__[RECORD]).values():
+    for holder in opened(model, model.__dict__[RECORD]):
         holder.open()
 
 
 def _close_shared(model: Any, args: Any, output: Any) -> None:
-    for holder in holders_of(model, model.__dict__[RECORD]).values():
+    for holder in opened(model, model.__dict__[RECORD]):
         holder.close()

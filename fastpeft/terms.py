@@ -8,6 +8,7 @@ make), and nobody changes one; kernels, merge, export and the test oracles read 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -127,12 +128,25 @@ class Composed(NamedTuple):
 
 @dataclass(eq=False, slots=True)
 class Dense:
-    """x delta^T, delta [out, in]: the materialised update, where no other term says it.
+    """scale * x delta^T, delta [out, in]: the materialised update, where no other term says it.
 
     A delta of no storage (all strides zero) adds nothing and collects dW as its gradient.
     """
 
     delta: Tensor | Composed
+    scale: float = 1.0
+
+
+def collector(like: Tensor, shape: tuple[int, int], take: Callable[[Tensor], None]) -> Tensor:
+    """A delta of no storage, in like's dtype and on its device, whose gradient [out, in] goes to `take`."""
+    leaf = like.detach().new_zeros(()).expand(shape).requires_grad_()
+    leaf.register_post_accumulate_grad_hook(functools.partial(_hand_over, take))
+    return leaf
+
+
+def _hand_over(take: Callable[[Tensor], None], leaf: Tensor) -> None:
+    grad, leaf.grad = leaf.grad, None
+    take(grad)  # type: ignore[arg-type]
 
 
 Term = LowRank | Gain | Bias | Kron | Sparse | Dense
@@ -149,7 +163,7 @@ def delta_weight(term: LowRank | Kron | Sparse | Dense, dtype: torch.dtype = tor
         case Kron():
             return term.scale * kron(term.C.to(dtype), term.D.to(dtype))
         case Dense():
-            return plain_delta(term).to(dtype)
+            return term.scale * plain_delta(term).to(dtype)
         case Sparse():
             rows, cols = term.index.long()
             return term.values.new_zeros(shape, dtype=dtype).index_put((rows, cols), term.values.to(dtype))

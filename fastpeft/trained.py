@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastpeft.adapter import Adapter
 from fastpeft.record import Adaptation
@@ -73,9 +73,9 @@ def begin(model: nn.Module, record: Adaptation, trained: list[str], writers: Col
         parameter.requires_grad_(not (leaf == "weight" and path in writers))
 
 
-def refuse_lost(record: Adaptation, who: str) -> None:
+def refuse_lost(model: nn.Module, record: Adaptation, who: str) -> None:
     """Raise ValueError for `who` (unload, adapters_off) where parameters trained and their beginnings were not kept."""
-    lost = [n for n in record.trained if n not in record.kept]
+    lost = [n for n in record.trained if n not in record.kept and not model.get_parameter(n).is_meta]
     if lost:
         raise ValueError(
             f"{who}: {'+'.join(record.methods)} trained {len(lost)} of the model's own parameters ({lost[0]}, ...), and what they were "
@@ -84,18 +84,18 @@ def refuse_lost(record: Adaptation, who: str) -> None:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, record: Adaptation) -> None:
-    """Every trained parameter as it was before, in place."""
-    for name, value in record.kept.items():
+def restore(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """These parameters as they were before, in place."""
+    for name, value in values.items():
         model.get_parameter(name).copy_(value)
 
 
 @contextlib.contextmanager
-def beginnings(model: nn.Module, record: Adaptation) -> Iterator[None]:
-    """Within it other parameters stand in for the trained ones, with the values from before; no tensor is written."""
-    live = {model.get_parameter(name): value for name, value in record.kept.items()}
+def beginnings(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it other parameters stand in for these, with the values from before; no tensor is written."""
+    live = {model.get_parameter(name): value for name, value in values.items()}
     places = [(m, leaf, p) for m in model.modules() for leaf, p in m._parameters.items() if p is not None and p in live]
-    stand_ins = {p: nn.Parameter(value.to(p.device), requires_grad=False) for p, value in live.items()}
+    stand_ins = {p: nn.Parameter(value.to(p.device, p.dtype), requires_grad=False) for p, value in live.items()}
     try:
         for module, leaf, p in places:
             module._parameters[leaf] = stand_ins[p]

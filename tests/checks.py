@@ -127,7 +127,7 @@ def with_masks(model, seed=0):
         if isinstance(m, RoSA) and m.values is not None:
             flat = torch.randperm(m.shape[0] * m.shape[1], generator=generator)[: m.values.numel()].sort().values
             m.set_mask(torch.stack([flat // m.shape[1], flat % m.shape[1]]))
-        if isinstance(m, Method):
+        elif isinstance(m, Method):
             m.attached = True
     return model
 

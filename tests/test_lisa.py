@@ -353,3 +353,19 @@ def test_a_reference_pass_between_forward_and_backward():
     for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), want, strict=True):
         assert torch.equal(a, b)
     assert model.embed.weight.dtype is DT
+
+
+def test_what_it_was_in_the_dtype_that_it_has_now():
+    model, x = made(), tokens(1, 1)[0][0]
+    model.to(torch.bfloat16).eval()
+    want = copy.deepcopy(base()).to(torch.bfloat16).eval()
+    with torch.no_grad(), fastpeft.adapters_off(model):
+        assert torch.equal(loss_of(model, x), loss_of(want, x))
+
+
+def test_a_model_on_the_meta_device_can_be_left():
+    with torch.device("meta"):
+        model = Blocks(blocks=2)
+    fastpeft.adapt(model, "lisa")
+    fastpeft.unload(model)
+    assert not any("adapter" in n for n, _ in model.named_modules())

@@ -40,7 +40,7 @@ def run_of(steps=9, micros=1, *, stages=STAGES, **options):
 
 def deltas(model):
     """What each layer adds to W, dense."""
-    return {n: sum(delta_weight(t, DT) for t in m.every_term(None)).detach() for n, m in parts_of(model, fastpeft.method.periodic_lora.PeriodicLoRA).items()}
+    return {n: sum(delta_weight(t, DT) for t in m.static_terms(None)).detach() for n, m in parts_of(model, fastpeft.method.periodic_lora.PeriodicLoRA).items()}
 
 
 def parts(model):

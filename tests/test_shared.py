@@ -471,3 +471,18 @@ def test_a_model_with_that_attribute_is_refused():
     model.adapter_shared = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"adapter_shared.*already"):
         fastpeft.adapt(model, "lotr", rank=2)
+
+
+def test_only_holders_of_a_composition_are_opened(monkeypatch):
+    """A layer of another rank is a group of its own, which its layer composes: beside a composition it stays shut."""
+    model = Tower()
+    fastpeft.adapt(model, "superlora", rho=0.5, rank=2, rank_pattern={"blocks.0.q": 4})
+    shut = [h for h in model.adapter_shared.children() if not h.per_forward]
+    assert len(shut) == 1 and len(list(model.adapter_shared.children())) == 2
+    monkeypatch.setattr(shut[0], "updates", lambda *tensors: pytest.fail("composed for nobody"))
+    x = rand(3, WIDTH)
+    model(x).sum().backward()
+    model.eval()
+    y = model(x)
+    fastpeft.merge(model)
+    assert_fp64(model(x), y.detach())

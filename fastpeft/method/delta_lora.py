@@ -74,9 +74,6 @@ class DeltaLoRA(Method):
 
     def terms(self, base: Any) -> list[Term]:
         self.need_procedure("delta_lora")
-        return self.every_term(base)
-
-    def every_term(self, base: Any) -> list[Term]:
         low = LowRank(self.A, self.B, self.scale)
         if self.writes_base or self.lam == 0.0:
             return [low]

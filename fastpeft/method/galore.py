@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.registry import Method, Notes, Site, check_finite, check_int, method
-from fastpeft.terms import Dense, LowRank, Term
+from fastpeft.terms import Dense, LowRank, Term, collector
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")
 
@@ -108,23 +108,12 @@ class GaLore(Method):
 
     def collect(self, take: Callable[[Tensor], None] | None) -> None:
         """From the next training forward on, backward gives G [out, in] to `take`, which may keep it; None ends that."""
-        self.leaf = None
-        if take is not None:
-            self.leaf = self.Z.detach().new_zeros(()).expand(self.shape).requires_grad_()
-            self.leaf.register_post_accumulate_grad_hook(functools.partial(_hand_over, take))
+        self.leaf = None if take is None else collector(self.Z, self.shape, take)
 
     def terms(self, base: Any) -> list[Term]:
         self.need_procedure("galore")
-        found = self.every_term(base)
+        found: list[Term] = [LowRank(*self.factors())]
         return found if self.leaf is None or not self.training else [*found, Dense(self.leaf)]
-
-    def every_term(self, base: Any) -> list[Term]:
-        return [LowRank(*self.factors())]
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"leaf": None}
-
-
-def _hand_over(take: Callable[[Tensor], None], leaf: Tensor) -> None:
-    grad, leaf.grad = leaf.grad, None
-    take(grad)

@@ -39,6 +39,3 @@ class LISA(Method):
     def terms(self, base: Any) -> list[Term]:
         self.need_procedure("lisa")
         return []
-
-    def every_term(self, base: Any) -> list[Term]:
-        return []

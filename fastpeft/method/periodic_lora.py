@@ -84,9 +84,6 @@ class PeriodicLoRA(Method):
 
     def terms(self, base: Any) -> list[Term]:
         self.need_procedure("periodic_lora")
-        return self.every_term(base)
-
-    def every_term(self, base: Any) -> list[Term]:
         low = LowRank(self.A, self.B, self.scale, dropout=self.dropout if self.training else 0.0)
         return [low] if self.A_past is None else [low, LowRank(self.A_past, self.B_past, self.scale)]
 

@@ -12,7 +12,6 @@ Paper: arXiv 2401.04679.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from fastpeft.method.lora import scaling
 from fastpeft.overlay import Overlay
 from fastpeft.registry import Method, Notes, Site, check_finite, check_int, check_probability, method
-from fastpeft.terms import APPLY, Dense, LowRank, Sparse, Term, validate
+from fastpeft.terms import APPLY, Dense, LowRank, Sparse, Term, collector, validate
 
 
 @method("rosa", paper="arXiv 2401.04679")
@@ -64,10 +63,10 @@ class RoSA(Method):
         self.values = site.zeros(nnz) if nnz else None
         index = torch.full((2, nnz), -1, dtype=torch.int32, device=site.device) if nnz else None
         self.register_buffer("index", index)
-        self.masked, self.scheduled, self.leaf = False, False, None
+        self.masked, self.leaf = False, None
 
     def terms(self, base: Any) -> list[Term]:
-        if self.training and not (self.masked or self.scheduled or self.values is None):
+        if self.training and not (self.masked or self.attached or self.values is None):
             raise RuntimeError(
                 f"rosa: {self.site!r} has no mask, so its sparse part cannot train; attach fastpeft.train.RoSASchedule, read "
                 "masks with fastpeft.train.load_masks, or adapt with density=0."
@@ -82,11 +81,7 @@ class RoSA(Method):
 
     def collect(self, take: Callable[[Tensor], None] | None) -> None:
         """From the next training forward on, backward gives W's gradient [out, in] to `take`, which may keep it; None ends that."""
-        self.leaf = None
-        if take is not None and self.values is not None:
-            leaf = self.values.detach().new_zeros(()).expand(self.shape).requires_grad_()
-            leaf.register_post_accumulate_grad_hook(functools.partial(_hand_over, take))
-            self.leaf = leaf
+        self.leaf = None if take is None or self.values is None else collector(self.values, self.shape, take)
 
     def set_mask(self, index: Tensor) -> None:
         """Use these entries: int32 [2, nnz], row-major. In place; the sparse part is on from the next forward."""
@@ -101,9 +96,4 @@ class RoSA(Method):
             validate([Sparse(self.values, state["index"])], *self.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"scheduled": False, "leaf": None}  # no procedure watches a copy
-
-
-def _hand_over(take: Callable[[Tensor], None], leaf: Tensor) -> None:
-    grad, leaf.grad = leaf.grad, None
-    take(grad)
+        return super().__getstate__() | {"leaf": None}

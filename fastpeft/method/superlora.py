@@ -79,7 +79,6 @@ class SuperLoRA(Method):
         super().__init__()
         o = {"rank": rank, "groups": groups, "order": order, "splits": splits, "core": core, "rho": rho, "shuffle": shuffle,
              "seed": seed, "fold": fold}  # fmt: skip
-        check(site, o)
         self.scale = 1.0 if alpha is None else check_finite("superlora", "alpha", alpha) / rank
         self.name, self.fold, self.splits, self.layout = site.name, fold, splits, None
         if holder is None:
@@ -103,7 +102,7 @@ class SuperLoRA(Method):
 
     def terms(self, base: Any) -> list[Term]:
         if self.fold == "vector" or (self.splits > 1 and self.layout.order > 2):
-            return [Dense(self._update())]
+            return [Dense(self._update(), self.scale)]
         with torch.autocast(base.device.type, enabled=False):
             if self.fold == "stack":
                 self.holder.used()
@@ -116,14 +115,8 @@ class SuperLoRA(Method):
 
     def _update(self) -> Tensor | Composed:
         if self.layout is None:
-            made = self.holder.read(self.name)
-        else:
-            made = Composed(functools.partial(self.layout.update, self.name), (*self.factors, *self.cores))
-        if self.scale == 1.0:
-            return made
-        return made * self.scale if isinstance(made, Tensor) else made._replace(
-            compose=functools.partial(_scaled, self.scale, made.compose)
-        )
+            return self.holder.read(self.name)
+        return Composed(functools.partial(self.layout.update, self.name), (*self.factors, *self.cores))
 
     def _halves(self, base: Any) -> tuple[Tensor, Tensor]:
         """The Kronecker factors in two, where the products C x and D x cost least."""
@@ -139,10 +132,6 @@ class SuperLoRA(Method):
         ]
         n = cuts[cost.index(min(cost))]
         return functools.reduce(kron, made[:n]), functools.reduce(kron, made[n:])
-
-
-def _scaled(scale: float, compose: Any, *tensors: Tensor) -> Tensor:
-    return compose(*tensors) * scale
 
 
 recipe(

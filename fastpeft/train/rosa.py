@@ -97,7 +97,7 @@ class RoSASchedule(Procedure):
         if not rosa or (not layers and self.schedule != "lora_only"):
             what = "whose density is 0 everywhere: say schedule='lora_only'" if rosa else "without a rosa layer: adapt it with 'rosa'"
             raise ValueError(f"RoSASchedule: attached to a {type(ctx.model).__name__} {what}.")
-        if any(m.scheduled for m in rosa):
+        if any(m.attached for m in rosa):
             raise RuntimeError("RoSASchedule: the model has a schedule already; attach one.")
         self._check_masks(layers)
         held = {p for g in ctx.optimizer.param_groups for p in g["params"]}
@@ -110,7 +110,7 @@ class RoSASchedule(Procedure):
         self._layers = layers
         ctx.closing.callback(self._release, rosa)
         for m in rosa:
-            m.scheduled = True
+            m.attached = True
         if self.schedule == "spa_only":
             for p in (p for m in rosa for p in (m.A, m.B) if p is not None):
                 ctx.closing.callback(p.requires_grad_, p.requires_grad)
@@ -123,7 +123,7 @@ class RoSASchedule(Procedure):
 
     def _release(self, rosa: list[RoSA]) -> None:
         for m in rosa:
-            m.scheduled = False
+            m.attached = False
             m.collect(None)
         self._sums, self._collecting = {}, False
 
