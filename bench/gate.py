@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastpeft.ops.launch import kernels
+from fastpeft.ops.nf4 import per_byte
 
 lowrank, dora = kernels("lowrank"), kernels("dora")
 sparse = kernels("sparse")
@@ -216,7 +217,7 @@ def nf4_cases(
     bits: int, dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
 ) -> dict[str, Callable[[], Any]]:
     """Codes of `bits` bits, with scales of their own and nested ones, and int8; of a weight of the usual size and a ragged one."""
-    per, u8, f32 = {2: 4, 4: 2}.get(bits, 1), torch.uint8, torch.float32
+    per, u8, f32 = per_byte(bits), torch.uint8, torch.float32
 
     def codes(out: int, size: int, double: bool) -> None:
         n, block = out * size, 64

@@ -66,7 +66,7 @@ def run(bench: Bench, title: str, seed: int) -> None:
     row = {"bench": "procedures", "kind": "run", "title": title, "options": options, "procedure": more, "seed": seed}
     row |= {"epochs": settings.epochs, "ranks": history, "accuracies": [s.accuracy for s in t.scores]}
     row |= {"losses": [s.loss for s in t.scores], "cuts": cuts(bench, arm.model, settings), "examples": len(bench.held)}
-    emit(row, FILE)
+    emit(row, None if settings.quick else FILE)
 
 
 def cuts(bench: Bench, model: nn.Module, settings: Settings) -> dict[str, dict[int, float | None]]:
@@ -120,7 +120,7 @@ def memory(bench: Bench) -> None:
         state = sum(v.numel() * v.element_size() for v in tensors)
         trains = sum(p.numel() for g in t.optimizer.param_groups for p in g["params"])
         row = {"bench": "procedures", "kind": "bytes", "title": title, "state_bytes": state, "grad_bytes": peak, "in_optimiser": trains}
-        emit(row, FILE)
+        emit(row, None if settings.quick else FILE)
 
 
 def _steps(t: Trainee, batch: dict[str, Tensor], settings: Settings, count: int = 5) -> int:

@@ -57,7 +57,7 @@ def runs(
         score = t.scores[-1]
         row |= {"trainable": arm.trainable, "loss": score.loss, "accuracy": score.accuracy, "examples": len(held)}
         row |= {"train_loss": statistics.fmean(t.losses[-20:]), "bench": "random_masking", "quick": quick}
-        emit(row, FILE)
+        emit(row, None if quick else FILE)
 
 
 def read() -> list[dict[str, Any]]:

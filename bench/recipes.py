@@ -93,7 +93,7 @@ def train_all(bench: Bench, found: dict[str, tuple[str, dict[str, Any]]], seeds:
             train([t], bench.data, bench.held, settings, seed=seed)
             score = t.scores[-1]
             row |= {"loss": score.loss, "accuracy": score.accuracy, "examples": len(bench.held)}
-            emit(row | {"quick": settings.quick}, FILE)
+            emit(row | {"quick": settings.quick}, None if settings.quick else FILE)
 
 
 def _adapter(name: str, arm: str) -> bool:

@@ -52,6 +52,13 @@ class Base:
         """The base as a backward pass that has the gradient d reads it."""
         return self
 
+    # the workspace that these write is the one in which `weight` may have put W
+    def plus(self, delta: Tensor, scale: float = 1.0) -> Plain:
+        return Plain(self.weight()).plus(delta, scale)
+
+    def scattered(self, values: Tensor, index: Tensor, copy: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -> Plain:
+        return Plain(self.weight()).scattered(values, index, copy)
+
     def linear(self, rows: Tensor) -> Tensor:
         """rows [R, in] -> rows W^T [R, out] in rows' dtype, differentiable in rows. For methods: W A^T is linear(A)^T."""
         return _BaseLinear.apply(rows, self)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from fastpeft.base import Base, Plain
+from fastpeft.base import Base
 from fastpeft.ops.rownorm import row_gain, row_sq_norm
 
 
@@ -71,12 +69,6 @@ class Factored(Base):
 
     def _zero(self) -> Tensor:
         return self.U.new_zeros(()).expand(self.out_features, self.in_features)
-
-    def plus(self, delta: Tensor, scale: float = 1.0) -> Plain:
-        return Plain(self.weight()).plus(delta, scale)
-
-    def scattered(self, values: Tensor, index: Tensor, copy: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -> Plain:
-        return Plain(self.weight()).scattered(values, index, copy)
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """U V [out, in], multiplied in `dtype`."""

@@ -77,13 +77,6 @@ class Quantised(Base):
     def grad_onto(self, dx: Tensor, dz: Tensor, gain: Tensor | None = None) -> None:
         self._plain(dz.dtype, dz).grad_onto(dx, dz, gain)
 
-    # the workspace that these write is the one in which W lies
-    def plus(self, delta: Tensor, scale: float = 1.0) -> Plain:
-        return Plain(self.weight()).plus(delta, scale)
-
-    def scattered(self, values: Tensor, index: Tensor, copy: Callable[[Tensor, Tensor, Tensor, Tensor], object]) -> Plain:
-        return Plain(self.weight()).scattered(values, index, copy)
-
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """A copy of W [out, in] in `dtype`."""
         return self._fresh(self.dtype, None).to(dtype)

@@ -21,6 +21,16 @@ def rand(*shape, grad=True):
     return torch.randn(*shape, dtype=DT).requires_grad_(grad)
 
 
+def compare(y, z, ours, theirs, case=""):
+    """y and z, and their gradients in the tensors of ours and theirs, name by name."""
+    assert_fp64(y, z, f"y {case}")
+    d = torch.randn_like(y)
+    got, want = (torch.autograd.grad(out, list(own.values()), d) for out, own in ((y, ours), (z, theirs)))
+    for name, a, b in zip(ours, got, want, strict=True):
+        assert b.abs().max() > 0, f"the gradient of {name} vanishes, so this shows nothing {case}"
+        assert_fp64(a, b, f"{name} {case}")
+
+
 def lora_gap(p=0.0):
     """adapted_linear and the paper's LoRA on one problem: {name: (got, want)} of the output and the gradients."""
     torch.manual_seed(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import peft
 import torch
@@ -76,3 +77,13 @@ def assert_equals_peft(layer, compose, alpha, lead, dropout=0.0):
 def peft_logits(plain, folder, x):
     """What stock PEFT computes from an adapter folder over a copy of the plain model."""
     return peft.PeftModel.from_pretrained(copy.deepcopy(plain), str(folder), autocast_adapter_dtype=False).eval()(x)
+
+
+def assert_exports(model, plain, folder, x, *ranks):
+    """The exported folder has these ranks and no other; stock PEFT computes from it what the model does, and so do merged weights."""
+    want = model.eval()(x)
+    fastpeft.export_lora(model, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert {config["r"], *config["rank_pattern"].values()} == set(ranks)
+    assert_fp64(peft_logits(plain, folder, x), want)
+    assert_fp64(fastpeft.merge(model)(x), want)

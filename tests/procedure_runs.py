@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from checks import DT
 from torch import nn
@@ -54,10 +55,34 @@ def tokens(steps: int, micros: int = 1, rows: int = 4, seed: int = 7) -> list[li
     return [[torch.randint(0, 11, (rows, 5), generator=generator) for _ in range(micros)] for _ in range(steps)]
 
 
+def next_token_loss(logits, ids):
+    """A mean over the rows."""
+    rows = logits[:, :-1].reshape(-1, logits.shape[-1])
+    return nn.functional.cross_entropy(rows, ids[:, 1:].reshape(-1))
+
+
 def loss_of(model, ids):
-    """Next-token loss, a mean over the rows."""
-    logits = model(ids)[:, :-1]
-    return nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), ids[:, 1:].reshape(-1))
+    return next_token_loss(model(ids), ids)
+
+
+class Language(Blocks):
+    """Its output holds the loss, as a penalty needs it."""
+
+    def forward(self, ids):
+        logits = super().forward(ids)
+        return {"loss": next_token_loss(logits, ids), "logits": logits}
+
+
+def loss_in_output(model, ids):
+    return model(ids)["loss"]
+
+
+def held_out(k):
+    """Batch k of other token ids; in a parallel run a rank's share of the rows."""
+    ids = tokens(1, rows=4, seed=100 + k)[0][0]
+    if torch.distributed.is_initialized():
+        ids = ids.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
+    return ids
 
 
 @dataclass
@@ -139,6 +164,39 @@ def assert_resumes(run, cut, path):
     with runner:
         go(run, model, optimizer, runner, run.data[cut:], done=cut)
     assert_same(model, whole)
+
+
+def assert_needs_its_model(run, words):
+    """A state of the whole run, beside a model at its start, is refused at the next step."""
+    model, optimizer, runner = run.made()
+    with runner:
+        go(run, model, optimizer, runner)
+        state = runner.state_dict()
+    model, optimizer, runner = run.made()
+    runner.load_state_dict(state)
+    with runner, pytest.raises(RuntimeError, match=words):
+        go(run, model, optimizer, runner)
+
+
+def scaler_of(scale=1024.0):
+    """A gradient scaler; its scale changes on the way, by powers of two, which round nothing."""
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3)
+
+
+def scaled(model, procedures, data, scaler, skips=(), cls=torch.optim.AdamW, loss=loss_of, look=lambda: None, **options):
+    """A step for each [ids] of `data` under a scaler, and others, numbered in `skips`, that overflow; what `look` saw after each."""
+    good, seen = iter(data), []
+    optimizer = train.build_optimizer(model.train(), procedures, cls, lr=0.05, **options)
+    with train.attach(model, optimizer, procedures) as runner:
+        for k in range(len(data) + len(skips)):
+            ids, factor = (data[0][0], float("inf")) if k in skips else (next(good)[0], 1.0)
+            scaler.scale(loss(model, ids) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            runner.step_end()
+            seen.append(look())
+    return seen
 
 
 def _rank(rank, ranks, runs, folder):

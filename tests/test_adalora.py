@@ -10,7 +10,7 @@ import warnings
 import papers
 import pytest
 import torch
-from checks import DT, MLP, perturb, rand, seed_after
+from checks import DT, MLP, compare, perturb, rand, seed_after
 from safetensors.torch import load_file, save_file
 from tolerance import assert_fp64
 from torch import nn
@@ -24,7 +24,7 @@ from fastpeft.terms import delta_weight
 
 pytest.importorskip("peft")
 import peft
-from peft_layers import LEADS, Mask, moved, peft_logits
+from peft_layers import LEADS, Mask, assert_exports, moved
 from test_peft_io import IDS, OWN_NOTICE, bert, gpt2, logits, shaken
 
 IN, OUT, RANK, ALPHA = 13, 11, 4, 5.0
@@ -89,10 +89,8 @@ def test_equals_the_formula():
     layer, m = built()
     x, own = rand(2, 5, IN), (m.A, m.B, m.E)
     got, want = layer(x), papers.gated(x, layer.weight, layer.bias, m.A, m.B, m.E, ALPHA / (RANK + 1e-5))
-    assert_fp64(got, want)
-    d = torch.randn_like(got)
-    for name, a, b in zip("xABE", *(torch.autograd.grad(y, (x, *own), d) for y in (got, want)), strict=True):
-        assert_fp64(a, b, name)
+    named = dict(zip("xABE", (x, *own), strict=True))
+    compare(got, want, named, named)
 
 
 def test_starts_as_peft_does_and_counts():
@@ -121,7 +119,8 @@ def test_the_penalty_is_pefts():
         losses[weight] = theirs.base_model(**batch).loss  # PeftModel itself goes past the penalty without a task_type
     want = (losses[0.7] - losses[0.0]) / 0.7 * 2 * len(layers)
     # the difference of two losses of about 5 carries their rounding, over 0.7 and times 8
-    assert abs(sum(m.orthogonality() for m in layers) - want) < 1e-12 and want > 1
+    assert_fp64(sum(m.orthogonality() for m in layers), want)
+    assert want > 1
 
 
 def test_the_penalty_and_its_gradient():
@@ -231,15 +230,10 @@ def test_merge_and_export_drop_masked_ranks(kept, tmp_path):
     fastpeft.adapt(model, "adalora", rank=RANK, alpha=ALPHA)
     m = perturb(model).eval().up.adapter.adalora
     m.mask(torch.tensor([i in kept for i in range(RANK)]))
-    want = model(x)
     (term,) = m.static_terms(Plain(model.up.weight))
     assert term.A.shape[0] == term.B.shape[1] == len(kept)
     assert_fp64(delta_weight(term, DT), delta_weight(m.terms(None)[0], DT))
-    fastpeft.export_lora(model, tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
-    assert {config["r"], *config["rank_pattern"].values()} == {max(1, len(kept)), RANK}
-    torch.testing.assert_close(peft_logits(plain, tmp_path, x), want, rtol=0, atol=1e-12)
-    assert_fp64(fastpeft.merge(model)(x), want)
+    assert_exports(model, plain, tmp_path, x, max(1, len(kept)), RANK)
 
 
 # ---- folders

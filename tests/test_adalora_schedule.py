@@ -10,7 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import DT, MLP, perturb, rand
-from procedure_runs import Blocks, Run, assert_resumes, assert_same, go, on_ranks, plain, tokens, values
+from procedure_runs import (
+    Language,
+    Run,
+    assert_resumes,
+    assert_same,
+    go,
+    loss_in_output,
+    on_ranks,
+    plain,
+    scaled,
+    scaler_of,
+    tokens,
+    values,
+)
 from safetensors.torch import load_file
 from tolerance import assert_fp64
 from torch import nn
@@ -26,19 +39,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FIELDS = dict(total_steps=20, tinit=3, tfinal=5, deltaT=2)
 
 
-class Language(Blocks):
-    """Its output holds the loss, as a penalty needs it."""
-
-    def forward(self, ids):
-        logits = super().forward(ids)
-        rows = logits[:, :-1].reshape(-1, logits.shape[-1])
-        return {"loss": nn.functional.cross_entropy(rows, ids[:, 1:].reshape(-1)), "logits": logits}
-
-
-def loss_of(model, ids):
-    return model(ids)["loss"]
-
-
 def made(dtype=DT, **options):
     torch.manual_seed(1)
     model = Language(dtype=dtype)
@@ -51,7 +51,7 @@ def schedule(**options):
 
 
 def run_of(steps=20, micros=1, **options):
-    return Run(made, functools.partial(schedule, **options), tokens(steps, micros), loss=loss_of)
+    return Run(made, functools.partial(schedule, **options), tokens(steps, micros), loss=loss_in_output)
 
 
 def parts(model):
@@ -255,17 +255,17 @@ def test_the_penalty_counts_once_per_step(micros):
     other = copy.deepcopy(model)
     layers = list(parts(other).values())
     penalty = 0.7 / (2 * len(layers)) * sum(m.orthogonality() for m in layers)
-    (sum(loss_of(other, ids) for ids in data) / micros + penalty).backward()
+    (sum(loss_in_output(other, ids) for ids in data) / micros + penalty).backward()
     optimizer = train.build_optimizer(model, procedures, torch.optim.SGD, lr=0.1)
     with train.attach(model, optimizer, procedures, accumulation=micros):
         for ids in data:
-            (loss_of(model, ids) / micros).backward()
+            (loss_in_output(model, ids) / micros).backward()
         for (n, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
             assert (p.grad is None) == (q.grad is None)
             if p.grad is not None:
                 assert_fp64(p.grad, q.grad, n)
-        eval_loss = loss_of(model.eval(), data[0])
-        assert torch.equal(eval_loss, loss_of(other.eval(), data[0])), "an evaluation has no penalty"
+        eval_loss = loss_in_output(model.eval(), data[0])
+        assert torch.equal(eval_loss, loss_in_output(other.eval(), data[0])), "an evaluation has no penalty"
 
 
 def test_a_model_without_a_loss_needs_weight_0():
@@ -339,27 +339,17 @@ def test_two_ranks_agree(tmp_path):
 def test_steps_that_a_gradient_scaler_skips(fused):
     """They are none: the same as a loop without them. What is scored is the gradient before scaling (by powers of two, so exact)."""
 
-    def trained(factors, scale):
-        model, procedures, seen = made(torch.float32).train(), schedule(total_steps=8, tinit=0, tfinal=3, deltaT=1), []
-        optimizer = train.build_optimizer(model, procedures, torch.optim.AdamW, lr=0.05, fused=fused)
-        scaler, good = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3), iter(tokens(8))
-        with train.attach(model, optimizer, procedures) as runner:
-            for factor in factors:
-                ids = next(good)[0] if factor == 1.0 else torch.zeros(4, 5, dtype=torch.long)
-                scaler.scale(loss_of(model, ids) * factor).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                runner.step_end()
-                seen.append(in_use(model))
+    def trained(steps, skips=(), scale=1.0):
+        model, procedures = made(torch.float32), schedule(total_steps=8, tinit=0, tfinal=3, deltaT=1)
+        seen = scaled(model, procedures, tokens(steps), scaler_of(scale), skips, loss=loss_in_output, look=lambda: in_use(model), fused=fused)
         return model, seen, procedures[0].state_dict()
 
-    bad = float("inf")
-    model, seen, _ = trained([1.0, bad, 1.0, 1.0, bad, bad, 1.0, 1.0, 1.0, 1.0, 1.0, bad], 1024.0)
-    want, plainly, _ = trained([1.0] * 8, 1.0)
+    skips = (1, 4, 5, 11)
+    model, seen, _ = trained(8, skips, 1024.0)
+    want, plainly, _ = trained(8)
     assert_same(model, want)
-    assert plainly == [s for k, s in enumerate(seen) if k not in (1, 4, 5, 11)] and count(model) == 12
-    state, plain_state = trained([1.0, bad, 1.0, 1.0, 1.0], 1024.0)[2], trained([1.0] * 4, 1.0)[2]
+    assert plainly == [s for k, s in enumerate(seen) if k not in skips] and count(model) == 12
+    state, plain_state = trained(4, (1,), 1024.0)[2], trained(4)[2]
     for key in ("sensitivity", "uncertainty"):
         assert len(state[key]) == 18 and all(t.any() for t in state[key].values())
         assert_same(state[key], plain_state[key])
@@ -580,6 +570,6 @@ def test_the_layer_trains_without_it():
     model, ids = made().train(), tokens(1)[0][0]
     before = values(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    loss_of(model, ids).backward()
+    loss_in_output(model, ids).backward()
     optimizer.step()
     assert not torch.equal(before["layers.0.up.adapter.adalora.E"], parts(model)["layers.0.up"].E)

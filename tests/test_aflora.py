@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import papers
 import pytest
 import torch
-from checks import DT, MLP, perturb, rand, seed_after
+from checks import DT, MLP, compare, perturb, rand, seed_after
 from test_methods import grads
 from tolerance import assert_fp64
 from torch import nn
@@ -18,7 +17,7 @@ from fastpeft.terms import delta_weight
 
 pytest.importorskip("peft")
 import peft
-from peft_layers import LEADS, Mask, moved, peft_logits
+from peft_layers import LEADS, Mask, assert_exports, moved
 
 IN, OUT, RANK = 13, 11, 4
 OWN = ("A", "B", "d", "db")
@@ -71,10 +70,8 @@ def test_equals_the_formula():
     layer, m = built(alpha=6.0)
     x, own = rand(2, 5, IN), [getattr(m, n) for n in OWN]
     got, want = layer(x), papers.aflora(x, layer.weight, layer.bias, *own, 6.0 / RANK)
-    assert_fp64(got, want)
-    c = torch.randn_like(got)
-    for name, a, b in zip(("x", *OWN), *(torch.autograd.grad(y, (x, *own), c) for y in (got, want)), strict=True):
-        assert_fp64(a, b, name)
+    named = dict(zip(("x", *OWN), (x, *own), strict=True))
+    compare(got, want, named, named)
 
 
 def test_start():
@@ -167,12 +164,7 @@ def test_export_is_a_lora_of_the_same_rank(tmp_path):
     plain, x = MLP(), rand(5, 16)
     model = copy.deepcopy(plain)
     fastpeft.adapt(model, "aflora", rank=3, alpha=7)
-    want = perturb(model).eval()(x)
-    fastpeft.export_lora(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"]) == (3, {})
-    torch.testing.assert_close(peft_logits(plain, tmp_path, x), want, rtol=0, atol=1e-12)
-    assert_fp64(fastpeft.merge(model)(x), want)
+    assert_exports(perturb(model), plain, tmp_path, x, 3)
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [

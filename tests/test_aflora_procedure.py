@@ -8,7 +8,19 @@ import math
 import pytest
 import torch
 from checks import DT, MLP
-from procedure_runs import Blocks, Run, assert_resumes, assert_same, go, loss_of, plain, tokens, values
+from procedure_runs import (
+    Blocks,
+    Run,
+    assert_resumes,
+    assert_same,
+    go,
+    loss_of,
+    plain,
+    scaled,
+    scaler_of,
+    tokens,
+    values,
+)
 from tolerance import assert_fp64
 from torch import nn
 
@@ -315,7 +327,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(cut, micros, tmp_path):
     """Inside a window, before the first and among the choices, when all are frozen."""
     assert_resumes(run_of(20, micros), cut, tmp_path / "state")
     saved = torch.load(tmp_path / "state", weights_only=True)["runner"]["procedures"]["0.AFLoRAFreezing"]
-    assert len(saved["frozen"]) == (0 if cut <= 4 else 12 if cut == 17 else len(saved["frozen"]))
+    assert len(saved["frozen"]) == {1: 0, 3: 0, 9: 9, 12: 11, 17: 12}[cut]
     assert set(saved["window"]) == set(matrices(made())) - set(saved["frozen"])
 
 
@@ -327,26 +339,16 @@ def test_a_resumed_run_knows_the_first_epoch(tmp_path):
 def test_steps_that_a_gradient_scaler_skips(fused):
     """They are none, and gradients are divided by a scale that changes on the way (powers of two, so exact)."""
 
-    def trained(factors, scale):
-        scaler, good, seen = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3), iter(tokens(12)), []
-        model, procedures = made(torch.float32).train(), freezing(scaler=scaler, total_steps=12, start=2, tail=3)
-        optimizer = train.build_optimizer(model, procedures, torch.optim.AdamW, lr=0.05, fused=fused)
-        with train.attach(model, optimizer, procedures) as runner:
-            for factor in factors:
-                ids = next(good)[0] if factor == 1.0 else torch.zeros(4, 5, dtype=torch.long)
-                scaler.scale(loss_of(model, ids) * factor).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                runner.step_end()
-                seen.append(sorted(frozen(model)))
-        return model, seen
+    def trained(skips=(), scale=1.0):
+        model, scaler = made(torch.float32), scaler_of(scale)
+        procedures = freezing(scaler=scaler, total_steps=12, start=2, tail=3)
+        return model, scaled(model, procedures, tokens(12), scaler, skips, look=lambda: sorted(frozen(model)), fused=fused)
 
-    bad = float("inf")
-    model, seen = trained([1.0, bad, 1.0, 1.0, bad, bad, *[1.0] * 6, bad, 1.0, 1.0, 1.0], 1024.0)
-    want, plainly = trained([1.0] * 12, 1.0)
+    skips = (1, 4, 5, 12)
+    model, seen = trained(skips, 1024.0)
+    want, plainly = trained()
     assert_same(model, want)
-    assert plainly == [s for k, s in enumerate(seen) if k not in (1, 4, 5, 12)] and len({len(s) for s in plainly}) > 3
+    assert plainly == [s for k, s in enumerate(seen) if k not in skips] and len({len(s) for s in plainly}) > 3
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])

@@ -9,7 +9,7 @@ import itertools
 import pytest
 import torch
 from checks import DT, MLP, perturb, rand
-from procedure_runs import Blocks, Run, assert_resumes, plain, tokens
+from procedure_runs import Blocks, Run, assert_resumes, held_out, loss_of, next_token_loss, plain, tokens
 from tolerance import assert_fp64
 from torch import nn
 
@@ -22,21 +22,6 @@ from fastpeft.train.layers import parts_of
 RANK, ALPHA = 2, 3.0
 
 
-def cross_entropy(logits, ids):
-    rows = logits[:, :-1].reshape(-1, logits.shape[-1])
-    return nn.functional.cross_entropy(rows, ids[:, 1:].reshape(-1))
-
-
-class HeldOut:
-    """Batch k of token ids; in a parallel run a rank's share of the rows."""
-
-    def __call__(self, k):
-        batch = tokens(1, rows=4, seed=100 + k)[0][0]
-        if torch.distributed.is_initialized():
-            batch = batch.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-        return batch
-
-
 def made(dtype=DT, **options):
     torch.manual_seed(1)
     model = Blocks(dtype=dtype)
@@ -45,7 +30,7 @@ def made(dtype=DT, **options):
 
 
 def allocation(**options):
-    return [train.ALoRAAllocation(HeldOut(), **(dict(warmup=3, interval=2, rounds=3, loss=cross_entropy) | options))]
+    return [train.ALoRAAllocation(held_out, **(dict(warmup=3, interval=2, rounds=3, loss=next_token_loss) | options))]
 
 
 def run_of(steps=12, micros=1, **options):
@@ -265,7 +250,7 @@ def test_closed_ranks_are_out_of_the_optimiser_and_new_ones_start_afresh():
     model, optimizer, runner = run_of(4).made()
     with runner:
         for batch in itertools.chain(*run_of(3).data):
-            cross_entropy(model(batch), batch).backward()
+            loss_of(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             runner.step_end()
@@ -277,7 +262,7 @@ def test_closed_ranks_are_out_of_the_optimiser_and_new_ones_start_afresh():
                 assert not optimizer.state[m.A][key][changed].any() and not optimizer.state[m.B][key][:, changed].any()
             assert not m.A[~m.gate].any() and not m.B[:, ~m.gate].any()
         for batch in itertools.chain(*tokens(2, seed=8)):
-            cross_entropy(model(batch), batch).backward()
+            loss_of(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             runner.step_end()
@@ -330,10 +315,10 @@ def test_when_rounds_come(options, at):
     run, seen = run_of(12, **options), []
     model, optimizer, runner = run.made()
     count, source = runner.procedures[0].round, []
-    runner.procedures[0].source = lambda k: source.append(k) or HeldOut()(k)
+    runner.procedures[0].source = lambda k: source.append(k) or held_out(k)
     with runner:
         for k, [batch] in enumerate(run.data, 1):
-            cross_entropy(model(batch), batch).backward()
+            loss_of(model, batch).backward()
             optimizer.step()
             optimizer.zero_grad()
             runner.step_end()
@@ -477,7 +462,7 @@ def test_the_layer_trains_without_it():
     assert report.procedures == ["ALoRAAllocation"]
     model = made().train()
     before = copy.deepcopy(model.state_dict())
-    cross_entropy(model(tokens(1)[0][0]), tokens(1)[0][0]).backward()
+    loss_of(model, tokens(1)[0][0]).backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
     assert any(not torch.equal(t, before[n]) for n, t in model.state_dict().items())
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 
 import papers
 import pytest
 import torch
-from checks import DT, MLP, perturb, rand, seed_after
+from checks import DT, MLP, compare, perturb, rand, seed_after
 from tolerance import assert_fp64
 from torch import nn
 
@@ -18,7 +17,7 @@ from fastpeft.method.bilora import VALUES, binary_entropy
 from fastpeft.terms import delta_weight
 
 pytest.importorskip("peft")
-from peft_layers import LEADS, moved, peft_logits
+from peft_layers import LEADS, assert_exports, moved
 from test_adalora import assert_equals_adalora, peft_adalora, set_factors
 
 IN, OUT, RANK, ALPHA = 13, 11, 4, 5.0
@@ -58,17 +57,15 @@ def test_equals_the_formula(values):
     layer, m = built(values=values)
     x, own = rand(2, 5, IN), (m.A, m.B, m.E)
     got, want = layer(x), papers.gated(x, layer.weight, layer.bias, m.A, m.B, slow_values(m.E, values), ALPHA / RANK)
-    assert_fp64(got, want)
-    d = torch.randn_like(got)
-    for name, a, b in zip("xABE", *(torch.autograd.grad(y, (x, *own), d) for y in (got, want)), strict=True):
-        assert_fp64(a, b, name)
+    named = dict(zip("xABE", (x, *own), strict=True))
+    compare(got, want, named, named)
 
 
 @pytest.mark.parametrize(("values", "first"), [("softmax", 1 / 64), ("real", 1 / 64), ("sigmoid", 0.5)])
 def test_start_and_count(values, first):
     m = fastpeft.AdaptedLinear(600, 400, method="bilora", rank=64, values=values).adapter.bilora
     assert not m.B.any() and not any(delta_weight(t).any() for t in m.terms(None))
-    assert abs(m.A.std() - 0.02) < 5e-4 and torch.allclose(m.spectrum(), torch.full((64,), first), rtol=1e-6, atol=0)
+    assert abs(m.A.std() - 0.02) < 5e-4 and torch.equal(m.spectrum(), torch.full((64,), first))
     assert sum(p.numel() for p in m.parameters() if p.requires_grad) == 64 * (600 + 400 + 1)
 
 
@@ -152,12 +149,7 @@ def test_export_holds_the_values(values, tmp_path):
     plain, x = MLP(), rand(5, 16)
     model = copy.deepcopy(plain)
     fastpeft.adapt(model, "bilora", rank=3, alpha=7, values=values)
-    want = perturb(model).eval()(x)
-    fastpeft.export_lora(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert (config["r"], config["rank_pattern"]) == (3, {})
-    torch.testing.assert_close(peft_logits(plain, tmp_path, x), want, rtol=0, atol=1e-12)
-    assert_fp64(fastpeft.merge(model)(x), want)
+    assert_exports(perturb(model), plain, tmp_path, x, 3)
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [

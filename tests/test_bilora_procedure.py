@@ -8,7 +8,20 @@ import itertools
 import pytest
 import torch
 from checks import DT, MLP, rand
-from procedure_runs import Blocks, Run, assert_resumes, assert_same, go, plain, tokens, values
+from procedure_runs import (
+    Language,
+    Run,
+    assert_resumes,
+    assert_same,
+    go,
+    held_out,
+    loss_in_output,
+    plain,
+    scaled,
+    scaler_of,
+    tokens,
+    values,
+)
 from test_bilora import slow_values
 from tolerance import assert_fp64
 from torch import nn
@@ -376,25 +389,8 @@ def test_no_level_reads_the_others_data():
 # --- loops
 
 
-class Language(Blocks):
-    def forward(self, ids):
-        logits = super().forward(ids)
-        rows = logits[:, :-1].reshape(-1, logits.shape[-1])
-        return {"loss": nn.functional.cross_entropy(rows, ids[:, 1:].reshape(-1)), "logits": logits}
-
-
-class HeldOut:
-    """Batch k of D2; in a parallel run a rank's share of the rows."""
-
-    def __call__(self, k):
-        ids = tokens(1, rows=4, seed=100 + k)[0][0]
-        if torch.distributed.is_initialized():
-            ids = ids.chunk(torch.distributed.get_world_size())[torch.distributed.get_rank()]
-        return {"ids": ids}
-
-
-def language_loss(model, ids):
-    return model(ids)["loss"]
+def held_out_ids(k):
+    return {"ids": held_out(k)}
 
 
 def made(dtype=DT):
@@ -405,11 +401,11 @@ def made(dtype=DT):
 
 
 def bilevel(**options):
-    return [train.BiLoRABilevel(HeldOut(), **(dict(lr=0.1) | options))]
+    return [train.BiLoRABilevel(held_out_ids, **(dict(lr=0.1) | options))]
 
 
 def run_of(steps=8, micros=1, **options):
-    return Run(made, functools.partial(bilevel, **options), tokens(steps, micros), loss=language_loss)
+    return Run(made, functools.partial(bilevel, **options), tokens(steps, micros), loss=loss_in_output)
 
 
 @pytest.mark.parametrize("options", [{}, dict(hypergrad="darts", lower_steps=2, upper_steps=2)], ids=str)
@@ -441,23 +437,13 @@ def test_accumulated_micro_batches_equal_one_batch():
 def test_steps_that_a_gradient_scaler_skips(fused):
     """They are none, and take no upper step."""
 
-    def trained(factors, scale):
-        model, procedures = made(torch.float32).train(), bilevel(gamma1=0.0)
-        optimizer = train.build_optimizer(model, procedures, torch.optim.AdamW, lr=0.05, fused=fused)
-        scaler, good = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=3), iter(tokens(6))
-        with train.attach(model, optimizer, procedures) as runner:
-            for factor in factors:
-                ids = next(good)[0] if factor == 1.0 else torch.zeros(4, 5, dtype=torch.long)
-                scaler.scale(language_loss(model, ids) * factor).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                runner.step_end()
+    def trained(skips=(), scale=1.0):
+        model, procedures = made(torch.float32), bilevel(gamma1=0.0)
+        scaled(model, procedures, tokens(6), scaler_of(scale), skips, loss=loss_in_output, fused=fused)
         return model, procedures[0].batches
 
-    bad = float("inf")
-    model, count = trained([1.0, bad, 1.0, 1.0, bad, 1.0, 1.0, 1.0], 1024.0)
-    want, plainly = trained([1.0] * 6, 1.0)
+    model, count = trained((1, 4), 1024.0)
+    want, plainly = trained()
     assert_same(model, want)
     assert count == plainly == 6
 
@@ -527,7 +513,7 @@ def test_what_the_job_holds_out():
     rest = hold_out([procedure, *used], data, 4, seed=1)
     other = {int(i) for k in range(2) for i in procedure.source(k)["input_ids"][:, 0]}
     assert len(rest) == 24 and other | {r[0] for r in rest.ids} == set(range(30)) and len(other) == 6
-    assert [r[0] for r in rest.ids] == rest.labels and isinstance(used[0].source, HeldOut)
+    assert [r[0] for r in rest.ids] == rest.labels and used[0].source is held_out_ids
     assert hold_out([procedure], rest, 4, seed=1) is rest, "it has data now"
     with pytest.raises(JobError, match=r"BiLoRABilevel needs a share 0.2 of the training examples"):
         hold_out([train.BiLoRABilevel()], Examples([[1]], [0], 0), 4, seed=1)
@@ -605,7 +591,7 @@ def test_what_is_refused():
     model, _, runner = run_of(2).made()
     runner.procedures[0].source = None
     with runner, pytest.raises(RuntimeError, match="BiLoRABilevel: there is no data for the upper level; give source="):
-        language_loss(model, tokens(1)[0][0])
+        loss_in_output(model, tokens(1)[0][0])
     low = MLP(torch.bfloat16)
     fastpeft.adapt(low, "bilora", rank=2)
     if next(iter(parts(low).values())).A.dtype is torch.float32:

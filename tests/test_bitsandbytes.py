@@ -10,7 +10,7 @@ import textwrap
 import pytest
 import torch
 from checks import rand
-from tolerance import assert_as_good
+from tolerance import assert_as_good, assert_fp64
 from torch import nn
 
 import fastpeft
@@ -184,19 +184,19 @@ def test_compiled(make):
         def __init__(self):
             super().__init__()
             self.linear = make()
-            self.A, self.B = nn.Parameter(torch.randn(4, 128)), nn.Parameter(torch.randn(64, 4))
+            self.A, self.B = (nn.Parameter(rand(*shape)) for shape in ((4, 128), (64, 4)))
 
         def forward(self, x):
-            base = base_of(self.linear, F32)
+            base = base_of(self.linear, torch.float64)
             return fastpeft.adapted_linear(x, base, None, [LowRank(self.A, self.B)])
 
-    model, x = Adapted(), torch.randn(5, 128, requires_grad=True)
+    model, x = Adapted(), rand(5, 128)
     results = []
     for call in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
         y = call(x)
         results.append([y, *torch.autograd.grad(y.square().sum(), [x, model.A, model.B])])
     for a, b in zip(*results, strict=True):
-        assert torch.allclose(a, b, rtol=1e-5, atol=1e-3)
+        assert_fp64(a, b)
 
 
 def test_what_it_refuses():

@@ -9,8 +9,19 @@ import math
 import papers
 import pytest
 import torch
-from checks import DT, perturb, rand
-from procedure_runs import Blocks, Run, assert_resumes, assert_same, go, loss_of, plain, tokens
+from checks import DT, compare, perturb, rand
+from procedure_runs import (
+    Blocks,
+    Run,
+    assert_needs_its_model,
+    assert_resumes,
+    assert_same,
+    loss_of,
+    plain,
+    scaled,
+    scaler_of,
+    tokens,
+)
 from safetensors.torch import load_file
 from tolerance import assert_fp64
 from torch import nn
@@ -66,10 +77,8 @@ def test_equals_the_formula_with_all_gradients():
         if begun:
             W = papers.delta_lora_weight(W, (m.A.detach(), m.B.detach()), (m.A0, m.B0), LAM, s)
         got, want = layer(x), papers.lora(x, W, layer.bias, m.A, m.B, s)
-        assert_fp64(got, want, "y")
-        d = torch.randn_like(want)
-        for name, a, b in zip("xAB", *(torch.autograd.grad(y, (x, m.A, m.B), d) for y in (got, want)), strict=True):
-            assert_fp64(a, b, name)
+        own = {"x": x, "A": m.A, "B": m.B}
+        compare(got, want, own, own)
 
 
 def test_starts_as_published_and_counts():
@@ -196,19 +205,9 @@ def test_lam_zero_is_lora():
 def test_skipped_steps_change_nothing(inplace, fused):
     """The scaler skips the very step at which the updates begin, and one after it: as without those steps."""
     runs = []
-    for factors in ((1, 1, math.inf, 1, math.inf, 1), (1, 1, 1, 1)):
-        model, ids = made(torch.float32, inplace=inplace).train(), tokens(1)[0][0]
-        procedures = schedule(1)
-        optimizer = train.build_optimizer(model, procedures, torch.optim.AdamW, lr=0.05, fused=fused)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # powers of two round nothing
-        with train.attach(model, optimizer, procedures) as runner:
-            for factor in factors:
-                scaler.scale(loss_of(model, ids) * float(factor)).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                runner.step_end()
-        runs.append(model)
+    for skips in ((2, 4), ()):
+        runs.append(model := made(torch.float32, inplace=inplace))
+        scaled(model, schedule(1), tokens(4), scaler_of(), skips, fused=fused)
     assert_same(*runs)
     assert inplace or all(m.begun for m in parts(runs[0]).values())
 
@@ -223,15 +222,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(cut, inplace, tmp_path):
 
 
 def test_a_state_without_its_model_is_refused():
-    run = run_of(7)
-    model, optimizer, runner = run.made()
-    with runner:
-        go(run, model, optimizer, runner)
-        state = runner.state_dict()
-    model, optimizer, runner = run.made()
-    runner.load_state_dict(state)
-    with runner, pytest.raises(RuntimeError, match=r"W should follow since step 4, and 'layers.0.up' has no factors of then at step 7"):
-        go(run, model, optimizer, runner)
+    assert_needs_its_model(run_of(7), r"W should follow since step 4, and 'layers.0.up' has no factors of then at step 7")
     with pytest.raises(ValueError, match="the state is of start=3, here it is 4"):
         train.DeltaLoRASchedule(4).load_state_dict(schedule()[0].state_dict())
 

@@ -10,7 +10,19 @@ import papers
 import pytest
 import torch
 from checks import DT, perturb, rand
-from procedure_runs import Blocks, Run, assert_resumes, assert_same, go, loss_of, plain, tokens
+from procedure_runs import (
+    Blocks,
+    Run,
+    assert_needs_its_model,
+    assert_resumes,
+    assert_same,
+    go,
+    loss_of,
+    plain,
+    scaled,
+    scaler_of,
+    tokens,
+)
 from safetensors.torch import load_file
 from tolerance import FP64_ROUNDING, assert_fp64
 from torch import nn
@@ -452,21 +464,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(cut, per_layer, tmp_path
 def test_skipped_steps_change_nothing():
     """A gradient scaler skips a step that refreshes and one that does not, as if they had not been."""
     runs = []
-    for factors in ((math.inf, 1, 1, math.inf, 1, 1, math.inf, 1), (1, 1, 1, 1, 1)):
-        model, ids = made(torch.float32).train(), tokens(1)[0][0]
-        procedures = projection()
-        optimizer = train.build_optimizer(model, procedures, train.GaLoreAdamW, lr=0.05)
-        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # powers of two round nothing
-        with train.attach(model, optimizer, procedures) as runner:
-            for factor in factors:
-                scaler.scale(loss_of(model, ids) * float(factor)).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                runner.step_end()
-        runs.append(model)
-    for (n, a), b in zip(runs[0].named_parameters(), runs[1].parameters(), strict=True):
-        assert torch.equal(a, b), n
+    for skips in ((0, 3, 6), ()):
+        runs.append(model := made(torch.float32))
+        scaled(model, projection(), tokens(5), scaler_of(), skips, train.GaLoreAdamW)
+    assert_same(*runs)
 
 
 def test_a_gradient_that_is_not_finite_is_named():
@@ -480,15 +481,7 @@ def test_a_gradient_that_is_not_finite_is_named():
 
 
 def test_a_state_without_its_model_is_refused():
-    run = run_of(6)
-    model, optimizer, runner = run.made()
-    with runner:
-        go(run, model, optimizer, runner)
-        state = runner.state_dict()
-    model, optimizer, runner = run.made()
-    runner.load_state_dict(state)
-    with runner, pytest.raises(RuntimeError, match=r"'layers.0.up' has no projection at step 6"):
-        go(run, model, optimizer, runner)
+    assert_needs_its_model(run_of(6), r"'layers.0.up' has no projection at step 6")
 
 
 def test_a_transposed_weight_trains(gpt2):

@@ -487,6 +487,16 @@ def test_a_method_with_a_procedure(tmp_path, settings, place, nth):
     assert any(bool(t.any()) for k, t in adapter.items() if k.endswith("rosa.values"))
 
 
+def test_an_arm_whose_procedure_is_done_takes_no_further_step(tmp_path, settings):
+    """RoSA's masks after 5 steps, for a run that starts again with them; the other arms train on."""
+    schedule = {"schedule": "wl3", "grads": 2, "after": "save"}
+    mine = at(settings, tmp_path, method="rosa", options={"rank": 2, "density": 0.1}, seeds=(0,), patience=None, procedure_options=schedule)
+    go(mine)
+    arms = {a["name"]: a for a in json.loads((tmp_path / "out" / "report.json").read_text())["arms"]}
+    steps = {name: len(arm["losses"][0]) for name, arm in arms.items()}
+    assert steps == {"frozen": 24, "peft": 24, "fastpeft": 5}
+
+
 def spec(settings: Settings, **more: Any) -> str:
     return json.dumps({"settings": settings.as_dict(), **more})
 

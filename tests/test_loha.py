@@ -12,7 +12,7 @@ import warnings
 import papers
 import pytest
 import torch
-from checks import DT, MLP, perturb, rand
+from checks import DT, MLP, compare, perturb, rand
 from safetensors.torch import load_file, save_file
 from test_memory import saved_bytes
 from tolerance import assert_as_good, assert_fp64
@@ -45,16 +45,6 @@ def built(size_in=IN, size_out=OUT, **options):
 
 def factors(m):
     return {name: getattr(m, name) for name in NAMES}
-
-
-def compare(y, z, ours, theirs, case=""):
-    """y and z, and their gradients in the tensors of ours and theirs, name by name."""
-    assert_fp64(y, z, f"y {case}")
-    d = torch.randn_like(y)
-    got, want = (torch.autograd.grad(out, list(own.values()), d) for out, own in ((y, ours), (z, theirs)))
-    for name, a, b in zip(ours, got, want, strict=True):
-        assert b.abs().max() > 0, f"the gradient of {name} vanishes, so this shows nothing {case}"
-        assert_fp64(a, b, f"{name} {case}")
 
 
 # ---- values and gradients

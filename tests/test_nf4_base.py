@@ -184,15 +184,15 @@ def test_it_is_made_once_in_each_direction(which, times, monkeypatch):
 
 def test_layers_that_take_turns_in_the_workspace():
     """Forward, forward, backward, backward: each gets its own weight, whoever's is in the workspace."""
-    bases = [base_of(k, F32, (96, 128), seed) for seed, k in enumerate(("nf4", "nested", "int8", "nf4"))]
-    terms = [some_terms(b, "lora") for b in bases]
-    xs = [torch.randn(40, 128, requires_grad=True) for _ in bases]
+    bases = [base_of(k, DT, (96, 128), seed) for seed, k in enumerate(("nf4", "nested", "int8", "nf4"))]
+    terms = [some_terms(b, "lora", DT) for b in bases]
+    xs = [rand(40, 128) for _ in bases]
     ys = [fastpeft.adapted_linear(x, b, None, t) for x, b, t in zip(xs, bases, terms, strict=True)]
     for x, b, t, y in zip(xs, bases, terms, ys, strict=True):
-        W = b.dense(F32) + t[0].scale * (t[0].B @ t[0].A)
-        assert torch.allclose(y, x @ W.T, rtol=1e-5, atol=1e-3)
+        W = b.dense(DT) + t[0].scale * (t[0].B @ t[0].A)
+        assert_fp64(y, x @ W.T, "y")
         (dx,) = torch.autograd.grad(y.sum(), x)
-        assert torch.allclose(dx, torch.ones(40, 96) @ W, rtol=1e-5, atol=1e-3)
+        assert_fp64(dx, torch.ones(40, 96, dtype=DT) @ W, "dx")
 
 
 def test_entries_in_the_workspace_do_not_stay_there():
@@ -230,8 +230,8 @@ class Layer(nn.Module):
         W = torch.randn(64, 128).to(dtype)
         self.base = Int8Weight.quantise(W) if kind == "int8" else NF4Weight.quantise(W)
         self.which = which
-        self.parts = nn.ParameterList(t.detach() for term in some_terms(self.base.view(), which) for t in tensors_of(term))
-        self.index = some_terms(self.base.view(), "copy")[1].index
+        self.parts = nn.ParameterList(t.detach() for term in some_terms(self.base.view(), which, dtype) for t in tensors_of(term))
+        self.index = some_terms(self.base.view(), "copy", dtype)[1].index
 
     def forward(self, x):
         base, p = self.base.view(), self.parts
@@ -276,11 +276,11 @@ def captured(sizes):
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_compiled(kind, which):
     """One graph; the same numbers; and nothing of the weight's size goes from forward to backward."""
-    layer, x, sizes = Layer(kind, which), torch.randn(5, 128, requires_grad=True), []
+    layer, x, sizes = Layer(kind, which, DT), rand(5, 128), []
     got = gradients(torch.compile(layer, fullgraph=True, backend=captured(sizes)), x)
     expected = gradients(layer, x)
     for a, b in zip(got, expected, strict=True):
-        assert torch.allclose(a, b, rtol=1e-4, atol=1e-3)
+        assert_fp64(a, b)
     assert len(sizes) == 1 and not [n for n in sizes[0] if n >= 64 * 128], sizes
 
 

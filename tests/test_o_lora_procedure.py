@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from checks import DT, MLP, perturb, rand
-from procedure_runs import Blocks, Run, assert_resumes, assert_same, plain, tokens
+from procedure_runs import Language, Run, assert_resumes, assert_same, loss_in_output, plain, tokens
 from tolerance import assert_fp64
 from torch import nn
 
@@ -17,19 +17,6 @@ from fastpeft.method.o_lora import OLoRA
 from fastpeft.train.layers import parts_of
 
 RANK, ALPHA = 2, 4.0
-
-
-class Language(Blocks):
-    """Its output holds the loss, as a penalty needs it."""
-
-    def forward(self, ids):
-        logits = super().forward(ids)
-        rows = logits[:, :-1].reshape(-1, logits.shape[-1])
-        return {"loss": nn.functional.cross_entropy(rows, ids[:, 1:].reshape(-1)), "logits": logits}
-
-
-def loss_of(model, ids):
-    return model(ids)["loss"]
 
 
 def made(previous=2):
@@ -52,7 +39,7 @@ def penalty(*values, **options):
 
 
 def run_of(steps=6, micros=1, model=made, **options):
-    return Run(model, functools.partial(penalty, **options), tokens(steps, micros), loss=loss_of)
+    return Run(model, functools.partial(penalty, **options), tokens(steps, micros), loss=loss_in_output)
 
 
 def gradients(procedures, micros=1, model=None):
@@ -62,7 +49,7 @@ def gradients(procedures, micros=1, model=None):
     ids = tokens(1)[0][0]
     with train.attach(model, optimizer, procedures, accumulation=micros) as runner:
         for _ in range(micros):
-            (loss_of(model, ids) / micros).backward()
+            (loss_in_output(model, ids) / micros).backward()
         found = {n: (m.A.grad.clone(), m.B.grad.clone()) for n, m in parts(model).items()}
         optimizer.step()
         optimizer.zero_grad()
@@ -103,7 +90,7 @@ def test_by_default_it_is_the_authors():
 def test_in_the_first_task_it_does_nothing():
     """Not even a loss in the output is needed; a model in its first task trains as without it, bit for bit."""
     with_it, _ = plain(run_of(5, model=functools.partial(made, 0), lambda1=9.0))
-    alone, _ = plain(Run(functools.partial(made, 0), list, tokens(5), loss=loss_of))
+    alone, _ = plain(Run(functools.partial(made, 0), list, tokens(5), loss=loss_in_output))
     assert_same(with_it, alone)
     model = MLP()
     fastpeft.adapt(model, "o_lora", rank=2)
@@ -123,10 +110,10 @@ def test_evaluation_and_quiet_passes_have_no_penalty():
     ids = tokens(1)[0][0]
     with train.attach(model, train.build_optimizer(model, penalty(), torch.optim.SGD, lr=0.1), penalty(9.0)) as runner:
         model.train()
-        trained = loss_of(model, ids)
+        trained = loss_in_output(model, ids)
         with runner.quiet():
-            quiet = loss_of(model, ids)
-        assert torch.equal(loss_of(model.eval(), ids), quiet) and trained > quiet + 1
+            quiet = loss_in_output(model, ids)
+        assert torch.equal(loss_in_output(model.eval(), ids), quiet) and trained > quiet + 1
 
 
 # --- loops
@@ -255,4 +242,4 @@ def test_what_is_refused():
         train.attach(model, runner.ctx.optimizer, penalty()).__enter__()
     with pytest.raises(ValueError, match="the state is of other settings"):
         train.OLoRAPenalty().load_state_dict(train.OLoRAPenalty(0.1).state_dict())
-    loss_of(made().train(), tokens(1)[0][0]).backward()  # the layer trains without it
+    loss_in_output(made().train(), tokens(1)[0][0]).backward()  # the layer trains without it

@@ -23,6 +23,7 @@ from fastpeft.terms import LowRank
 pytest.importorskip("peft")
 import peft
 from peft_layers import peft_logits
+from test_loftq import assert_stored, toy
 
 IN, OUT, RANK = 24, 20, 4
 SCALES = [dict(alpha=4.0), dict(alpha=6.0), dict(alpha=3.0, rslora=True)]
@@ -296,20 +297,8 @@ def test_qpissa_is_the_alternation(bits):
     assert norms[2] < nuclear(W - sum(left)) < nuclear(W - papers.quantised(W, bits))
 
 
-def toy(rows=48, cols=64):
-    """A weight with a decaying spectrum."""
-    torch.manual_seed(0)
-    U, V = torch.linalg.qr(torch.randn(rows, rows, dtype=DT))[0], torch.linalg.qr(torch.randn(cols, cols, dtype=DT))[0]
-    return U * (10 * torch.arange(1, rows + 1, dtype=DT) ** -0.7) @ V[:rows]
-
-
 def nuclear(M):
     return torch.linalg.matrix_norm(M, "nuc").item()
-
-
-def assert_stored(got, want):
-    """Equal up to the fp32 in which levels and scales are stored: a number has three roundings, and rounds add up."""
-    assert (got - want).abs().max() < 64 * torch.finfo(torch.float32).eps * want.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import papers
 import pytest
 import torch
 from checks import DT, MLP, perturb, rand
+from tolerance import assert_fp64
 from torch import nn
 
 import fastpeft
@@ -106,7 +107,7 @@ def test_export_is_the_expanded_lora(tmp_path):
     want = perturb(model).eval()(x)
     fastpeft.export_lora(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 6
-    torch.testing.assert_close(peft_logits(plain, tmp_path, x), want, rtol=0, atol=1e-12)
+    assert_fp64(peft_logits(plain, tmp_path, x), want)
 
 
 @pytest.mark.parametrize(

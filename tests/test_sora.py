@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import papers
 import pytest
 import torch
-from checks import DT, MLP, perturb, rand
+from checks import DT, MLP, compare, perturb, rand
 from tolerance import assert_fp64
 from torch import nn
 
@@ -18,7 +17,7 @@ from fastpeft.method.sora import soft_threshold
 from fastpeft.terms import delta_weight
 
 pytest.importorskip("peft")
-from peft_layers import LEADS, assert_equals_peft, moved, peft_logits
+from peft_layers import LEADS, assert_equals_peft, assert_exports, moved
 
 IN, OUT, RANK, ALPHA = 13, 11, 4, 5.0
 
@@ -39,10 +38,8 @@ def test_equals_the_formula():
     layer, m = built()
     x, own = rand(2, 5, IN), (m.A, m.B, m.g)
     got, want = layer(x), papers.gated(x, layer.weight, layer.bias, *own, ALPHA / RANK)
-    assert_fp64(got, want)
-    d = torch.randn_like(got)
-    for name, a, b in zip("xABg", *(torch.autograd.grad(y, (x, *own), d) for y in (got, want)), strict=True):
-        assert_fp64(a, b, name)
+    named = dict(zip("xABg", (x, *own), strict=True))
+    compare(got, want, named, named)
 
 
 def test_start_and_count():
@@ -121,12 +118,7 @@ def test_pruned_equals_unpruned(closed, tmp_path):
         m.g[closed] = 0.0
     (term,) = m.static_terms(Plain(model.up.weight))
     assert term.A.shape[0] == term.B.shape[1] == RANK - len(closed) and term.scale == ALPHA / RANK
-    want = model(x)
-    fastpeft.export_lora(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert {config["r"], *config["rank_pattern"].values()} == {max(1, RANK - len(closed)), RANK}
-    torch.testing.assert_close(peft_logits(plain, tmp_path, x), want, rtol=0, atol=1e-12)
-    assert_fp64(fastpeft.merge(model)(x), want)
+    assert_exports(model, plain, tmp_path, x, max(1, RANK - len(closed)), RANK)
 
 
 def test_proximal_training_prunes():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -12,7 +13,19 @@ import papers
 import pytest
 import torch
 from checks import DT, MLP, rand
-from procedure_runs import Blocks, Run, assert_resumes, assert_same, go, loss_of, on_ranks, plain, tokens
+from procedure_runs import (
+    Blocks,
+    Run,
+    assert_resumes,
+    assert_same,
+    go,
+    loss_of,
+    on_ranks,
+    plain,
+    scaled,
+    scaler_of,
+    tokens,
+)
 from tolerance import assert_fp64
 from torch import nn
 
@@ -302,20 +315,11 @@ def test_two_ranks_agree(tmp_path):
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_skipped_step_thresholds_nothing(fused):
-    model, procedures = made(torch.float32).train(), schedule(xi=[0.01, 0.02], steps=2)
-    optimizer = train.build_optimizer(model, procedures, torch.optim.AdamW, lr=0.05, fused=fused)
-    scaler, stages = torch.amp.GradScaler("cpu", init_scale=4.0), []
-    with train.attach(model, optimizer, procedures) as runner:
-        for factor in (1.0, float("inf"), 1.0, 1.0):
-            before = [m.g.detach().clone() for m in parts(model).values()]
-            scaler.scale(loss_of(model, tokens(1)[0][0]) * factor).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            runner.step_end()
-            assert all(torch.equal(m.g, b) for m, b in zip(parts(model).values(), before, strict=True)) == (factor != 1.0)
-            stages.append(procedures[0].stage)
-    assert stages == [0, 0, 1, 1]
+    model, procedures = made(torch.float32), schedule(xi=[0.01, 0.02], steps=2)
+    seen = scaled(model, procedures, tokens(3), scaler_of(), (1,), fused=fused,
+                  look=lambda: (procedures[0].stage, torch.stack([m.g.detach().clone() for m in parts(model).values()])))  # fmt: skip
+    assert [stage for stage, _ in seen] == [0, 0, 1, 1]
+    assert [torch.equal(a, b) for (_, a), (_, b) in itertools.pairwise(seen)] == [True, False, False]
 
 
 def test_under_transformers_trainer(tmp_path):
@@ -325,26 +329,8 @@ def test_under_transformers_trainer(tmp_path):
     case = loops.Case("sora", lambda: [train.SoRASchedule([0.01, 0.02, 0.03, 0.04], epochs=1, l1=0.1)])
     begun = case.begin()
     loops.trainer_of(begun, tmp_path, 3).train()
-    loops.assert_same(begun[0], by_epochs(loops, case, 20, 3))
+    loops.assert_same(begun[0], loops.plain(case, 20, 3))
     assert closed(begun[0]) > 0
-
-
-def by_epochs(loops, case, steps, accumulation):
-    """loops.plain, which says nothing of epochs, with the ends of epochs."""
-    model, procedures, optimizer = case.begin()
-    epoch, done = loops.micro_batches(loops.examples(), accumulation), 0
-    with train.attach(model, optimizer, procedures, accumulation=accumulation) as runner:
-        while done < steps:
-            for micros in epoch[: steps - done]:
-                for batch in micros:
-                    (model.train()(**batch)["loss"] / len(micros)).backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), loops.CLIP)
-                optimizer.step()
-                optimizer.zero_grad()
-                runner.step_end()
-                done += 1
-            runner.epoch_end()
-    return model
 
 
 def test_in_the_job():

@@ -9,11 +9,10 @@ import shutil
 import pytest
 import torch
 from checks import DT
-from loops import CASES, MORE, Case, Net, assert_same, collate, examples, micro_batches, plain, trainer_of
-from torch import nn
+from loops import CASES, MORE, Case, Net, assert_same, examples, micro_batches, plain, trainer_of
+from tolerance import assert_fp64
 from torch.utils.data import IterableDataset
 
-import fastpeft
 from fastpeft import train
 from fastpeft.method.dylora import DyLoRA
 
@@ -428,6 +427,5 @@ def test_a_compiled_model(tmp_path):
     trainer_of((compiled, procedures, optimizer), tmp_path, 2, steps=6).train()
     want = plain(CASES["dylora"], 6, 2)
     for (n, p), q in zip(model.state_dict().items(), want.state_dict().values(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-12, msg=n)
-    assert isinstance(model, nn.Module) and not compiled._forward_pre_hooks
-    assert collate(examples(2))["x"].shape == (2, 16) and fastpeft.unload(model) is not None
+        assert_fp64(p, q, n)
+    assert not compiled._forward_pre_hooks

@@ -187,7 +187,7 @@ def timed(run: Run, shape: tuple[int, int], dtype: torch.dtype, kind: str) -> Ro
     """Each name rotates over weights that exceed L2 together, so every read is from memory."""
     out = torch.empty(shape, dtype=dtype, device=run.device)
     calls: dict[str, list[Callable[[], object]]] = {"triton": [], "torch": []}
-    size = 0
+    size, right = 0, True
     if kind == "int8":
 
         def make() -> Any:
@@ -204,15 +204,18 @@ def timed(run: Run, shape: tuple[int, int], dtype: torch.dtype, kind: str) -> Ro
             calls["triton"].append(lambda p=p: nf4_triton.fill(out, p))
             calls["torch"].append(lambda p=p: nf4.fill_torch(out, p))
             if kind == "nf4" and run.cuda and importlib.util.find_spec("bitsandbytes"):
-                calls.setdefault("bitsandbytes", []).append(theirs(p, shape, dtype))
+                call = theirs(p, shape, dtype)
+                nf4_triton.fill(out, p)
+                right = right and torch.equal(call(), out)
+                calls.setdefault("bitsandbytes", []).append(call)
     seconds = times(calls, run)
     bandwidth, _ = roofs(run)
     middle = {name: statistics.median(s) for name, s in seconds.items()}
-    row: Row = {"bytes": size, "share": size / bandwidth / middle["triton"], "right": True}
+    row: Row = {"bytes": size, "share": size / bandwidth / middle["triton"], "right": right}
     return row | summary(seconds["triton"]) | {f"{n}_us": 1e6 * s for n, s in middle.items() if n != "triton"}
 
 
-def theirs(p: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], object]:
+def theirs(p: Packed, shape: tuple[int, int], dtype: torch.dtype) -> Callable[[], Tensor]:
     import bitsandbytes.functional as functional
 
     state = functional.QuantState(p.absmax, torch.Size(shape), None, p.block, "nf4", dtype)
@@ -260,6 +263,8 @@ def table(found: list[Row], dry: bool) -> str:
         lines.append(f"{kind[0]:<8} {kind[1]:<14} {sum(r.get('right', False) for r in members)} of {len(members)} right")
     for r in found:
         where = f"{r['what']} {r.get('arm', '')} {r['case']}"
+        if "us" in r and not r["right"]:
+            lines.append(f"{where}: other bits than bitsandbytes")
         if "us" in r:
             others = "".join(f", {k[:-3]} {shown(v, dry)} us" for k, v in r.items() if k.endswith("_us") and k != "iqr_us")
             lines.append(f"{shown(r['us'], dry):>9} us, {shown(100 * r['share'], dry, '.0f'):>3}% of a copy{others}  {where}")

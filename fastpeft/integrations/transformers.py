@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
 from fastpeft.folder import pending_path, sync_write
+from fastpeft.train.layers import held
 from fastpeft.train.optimizer import check_groups
 from fastpeft.train.protocol import Procedure
 from fastpeft.train.runner import Runner, attach
@@ -188,8 +189,8 @@ def _name(args: Any) -> str:
 
 def _fingerprint(model: nn.Module, optimizer: Optimizer) -> dict[str, int]:
     """A sum over the bits of each parameter that the optimiser holds: the same on every device."""
-    held = {p for g in optimizer.param_groups for p in g["params"]}
-    return {n: _bits(p.detach()) for n, p in model.named_parameters() if p in held}
+    own = held(optimizer)
+    return {n: _bits(p.detach()) for n, p in model.named_parameters() if p in own}
 
 
 def _bits(t: Tensor) -> int:

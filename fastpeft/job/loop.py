@@ -56,7 +56,8 @@ class Trainee:
 
     @property
     def stopped(self) -> bool:
-        return self.stopping is not None and self.stopping.stopped
+        done = self.runner is not None and self.runner.done  # its procedures have reached what the run was for
+        return done or (self.stopping is not None and self.stopping.stopped)
 
     @property
     def kept_epoch(self) -> int:
@@ -223,7 +224,7 @@ def _one_batch(
 ) -> None:
     device = settings.torch_device
     batch = {k: v.to(device) for k, v in batch.items()}
-    order = list(trainees)
+    order = [t for t in trainees if not t.stopped]
     random.Random(f"{seed} {step}").shuffle(order)
     for t in order:
         t.arm.model.train()

@@ -47,7 +47,8 @@ def bytes_saved(forward: Callable[[], Any], owned: Iterable[Tensor]) -> int:
 def step_bytes(model: Any, batch: dict[str, Tensor], procedures: Sequence[Any] = ()) -> int:
     """bytes_saved by one training forward of the model; the batch itself is not counted.
 
-    procedures: fastpeft.train's, without which the model would not train; the forward is as at their first step.
+    procedures: fastpeft.train's, without which the model would not train; what they set when a run begins is set; the events of a step do not
+    happen (GaLore's refresh is not counted).
     """
     if procedures:
         own = copy.deepcopy(procedures)

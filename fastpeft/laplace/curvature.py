@@ -68,16 +68,21 @@ def fit(
         log_p = f.detach().double().log_softmax(1)
         total += log_p.gather(1, read.read_labels(batch, f)[:, None]).sum().item()
         samples += len(f)
-        keeps = [_unpadded(call, read.mask(batch)) for call in calls]
+        padding = read.mask(batch)
+        keeps = [_unpadded(call, padding) for call in calls]
         for call, keep in zip(calls, keeps, strict=True):
+            x = call.x[keep].double()
             for name, leaf, layer in _factors(call, layers):
                 if name not in curves:
                     curves[name] = Curvature(layer, leaf, n_kfac, large)
-                curves[name].read(call.x, keep)
+                curves[name].read(x)
         for grads in sweep(f, calls, class_cotangents(log_p.exp())):
             for call, keep, dy in zip(calls, keeps, grads, strict=True):
-                for name, _, _ in _factors(call, layers) if dy is not None else ():
-                    curves[name].reach(dy, keep)
+                if dy is None:
+                    continue
+                dy = dy[keep].double()
+                for name, _, _ in _factors(call, layers):
+                    curves[name].reach(dy)
     if not samples:
         raise ValueError("laplace.fit: the loader gave no sample.")
     factors = {name: c.factor(c.tokens if token_scale == "tokens" else samples) for name, c in _in_order(layers, curves)}
@@ -117,13 +122,13 @@ class Curvature:
     def _gram(self, size: int, wide: bool) -> Gram:
         return Gram(size, self.n_kfac if wide and size > self.large else None, self.mode.device)
 
-    def read(self, x: Tensor, keep: Tensor) -> None:
-        rows = read_by(self.layer, self.leaf, x[keep])
+    def read(self, x: Tensor) -> None:
+        rows = read_by(self.layer, self.leaf, x)
         self.tokens += len(rows)
         self.U.add(rows)
 
-    def reach(self, dy: Tensor, keep: Tensor) -> None:
-        self.G.add(reaches(self.layer, self.leaf, dy[keep]))
+    def reach(self, dy: Tensor) -> None:
+        self.G.add(reaches(self.layer, self.leaf, dy))
 
     def factor(self, count: int) -> Factor:
         return Factor(self.mode.clone(), self.G.eigen(), self.U.eigen(1 / count))

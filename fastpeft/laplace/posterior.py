@@ -129,8 +129,9 @@ class Posterior:
         """(probabilities, labels) of all of loader's samples, as laplace.scores takes them; options: of predict."""
         p, y = [], []
         for batch in loader:
+            batch = self._placed(batch)
             p.append(self.predict(batch, kind, **options))
-            y.append(self.read.read_labels(self._placed(batch), p[-1]))
+            y.append(self.read.read_labels(batch, p[-1]))
         return torch.cat(p), torch.cat(y)
 
     def matrix(self, name: str) -> Tensor:

@@ -74,7 +74,6 @@ def load(
         posterior = Posterior(
             model, Reader(logits, labels, mask), layers, factors, tensors["precision"], float(meta["log_likelihood"]), settings
         )
-        posterior.log_evidence()
     except (KeyError, TypeError, ValueError) as e:
         raise CheckpointError(f"laplace.load: {path} does not fit this model: {e}") from e
     return posterior

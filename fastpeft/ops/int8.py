@@ -27,7 +27,7 @@ def quantise(W: Tensor) -> tuple[Tensor, Tensor]:
     if not W.is_floating_point() or W.dim() != 2:
         raise TypeError(f"int8.quantise: W is {W.dtype} {tuple(W.shape)}; it must be a float matrix, and not quantised already.")
     codes = torch.empty(W.shape, dtype=torch.int8, device=W.device)
-    absmax = W.abs().amax(1).float() if W.shape[1] else W.new_zeros(W.shape[0], dtype=torch.float32)
+    absmax = torch.linalg.vector_norm(W, torch.inf, 1).float() if W.shape[1] else W.new_zeros(W.shape[0], dtype=torch.float32)
     if not bool(absmax.isfinite().all()):
         raise ValueError("int8.quantise: the weight has NaN or infinite entries, for which there are no codes.")
     factor = torch.where(absmax == 0, 0.0, 127.0 / absmax)[:, None]

@@ -40,16 +40,18 @@ def filled(
     So several products in a row with one stored weight decompress it once. owner: what the content belongs to, which must
     not change while it lives. The content is read and not written: ask for `workspace`, which gives the same memory, to do that.
     """
-    if not planned(device):
-        key = _key(dtype, device)
-        known = _owners().get(key)
-        if known is not None and known() is owner:
-            held: Tensor = _local.held[key]
-            return held[: rows * cols].view(rows, cols)
+    if planned(device):
+        out = workspace(rows, cols, dtype, device)
+        fill(out)
+        return out
+    key = _key(dtype, device)
+    known = _owners().get(key)
+    if known is not None and known() is owner:
+        held: Tensor = _local.held[key]
+        return held[: rows * cols].view(rows, cols)
     out = workspace(rows, cols, dtype, device)
     fill(out)
-    if not planned(device):
-        _owners()[key] = weakref.ref(owner)
+    _owners()[key] = weakref.ref(owner)
     return out
 
 

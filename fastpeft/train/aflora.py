@@ -126,9 +126,12 @@ class AFLoRAFreezing(Procedure):
     @torch.no_grad()
     def after_backward(self, ctx: Context, micro: int, is_last: bool) -> None:
         # the last micro-batch's are what counts; a step at an epoch's end may have fewer than the loop has said
-        scale = 1.0 if self.scaler is None else float(self.scaler.get_scale())
         grads = {n: p.grad for n, p in self._matrices.items() if n not in self._frozen and p.grad is not None}
-        self._now = {n: g.abs().to(torch.promote_types(g.dtype, torch.float32)).div_(scale) for n, g in grads.items()}
+        self._now = {n: g.abs().to(torch.promote_types(g.dtype, torch.float32)) for n, g in grads.items()}
+        if self.scaler is not None:
+            scale = float(self.scaler.get_scale())
+            for t in self._now.values():
+                t.div_(scale)
 
     @torch.no_grad()
     def before_step(self, ctx: Context) -> None:
@@ -180,7 +183,7 @@ class AFLoRAFreezing(Procedure):
         for name, p in self._matrices.items():
             if name not in self._frozen:
                 # one without a gradient has one of zeros
-                now = done.get(name, torch.zeros_like(p))
+                now = done[name] if name in done else torch.zeros_like(p)
                 self._window[name] = self._window[name].mul_(local).add_(now).div_(local + 1) if name in self._window else now / (local + 1)
 
     def on_epoch_end(self, ctx: Context) -> None:

@@ -95,7 +95,7 @@ class BiLoRABilevel(Procedure):
 
     def on_train_begin(self, ctx: Context) -> None:
         layers = take_charge(ctx, BiLoRA, "BiLoRABilevel", "bilora")
-        values, everything = [m.E for m in layers.values()], held(ctx)
+        values, everything = [m.E for m in layers.values()], held(ctx.optimizer)
         for name, m in layers.items():
             if m.E not in everything:
                 raise ValueError(f"BiLoRABilevel: E of {name!r} is not in the optimiser, which says its learning rate; leave it there.")
@@ -174,19 +174,19 @@ class BiLoRABilevel(Procedure):
         if self.hypergrad == "darts":
             rates = {p: float(g["lr"]) for g in ctx.optimizer.param_groups for p in g["params"]}
             v = [g * rates[p] for p, g in zip(self._V, v, strict=True)]
-        size = float(torch.stack([g.double().square().sum().cpu() for g in v]).sum().sqrt())
+        size = float(torch.stack([g.double().square().sum().to(v[0].device) for g in v]).sum().sqrt())
         if not 0.0 < size < float("inf"):
             return d
         e = self.radius / size
-        now, around = [p.detach().clone() for p in self._V], self._old if self.hypergrad == "darts" else self._V
-        centre = [p.detach().clone() for p in around]
+        now = [p.detach().clone() for p in self._V]
+        centre = self._old if self.hypergrad == "darts" else now
         sides = []
         try:
             for sign in (1.0, -1.0):
                 with torch.no_grad():
                     for p, c, g in zip(self._V, centre, v, strict=True):
                         p.copy_(c + (sign * e) * g)
-                sides.append(self._gradient(self._lower(ctx, lower), self._E)[0])
+                sides.append(self._lower(ctx, lower))
         finally:
             with torch.no_grad():
                 for p, c in zip(self._V, now, strict=True):
@@ -196,10 +196,11 @@ class BiLoRABilevel(Procedure):
     def _loss(self, ctx: Context, batch: Batch) -> Tensor:
         return loss_of(inner(ctx.model), batch, self.loss, "BiLoRABilevel")
 
-    def _lower(self, ctx: Context, batches: list[Batch]) -> Tensor:
-        """The loss of the loop's step as it was accumulated. R1 has no part in it: its gradient by E is zero."""
+    def _lower(self, ctx: Context, batches: list[Batch]) -> list[Tensor]:
+        """E's gradient of the loss of the loop's step, a micro-batch's graph at a time. R1 has no part in it: its own is zero."""
         shares = [1.0 if b.kwargs.get("num_items_in_batch") is not None else 1 / len(batches) for b in batches]
-        return torch.stack([s * self._loss(ctx, b) for s, b in zip(shares, batches, strict=True)]).sum()
+        each = [self._gradient(s * self._loss(ctx, b), self._E)[0] for s, b in zip(shares, batches, strict=True)]
+        return [torch.stack(g).sum(0) for g in zip(*each, strict=True)]
 
     def _gradient(self, loss: Tensor, parameters: list[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients of a loss, averaged over the processes: those of E, and the rest."""

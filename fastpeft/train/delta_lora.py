@@ -30,7 +30,10 @@ class DeltaLoRASchedule(Procedure):
     def on_train_begin(self, ctx: Context) -> None:
         self._layers = take_charge(ctx, DeltaLoRA, "DeltaLoRASchedule", "delta_lora")
         self._begun = False
-        ctx.closing.callback(self._old.clear)
+        ctx.closing.callback(self._release)
+
+    def _release(self) -> None:
+        self._layers, self._old = {}, {}
 
     def before_step(self, ctx: Context) -> None:
         if ctx.step <= self.start:

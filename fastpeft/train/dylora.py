@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastpeft.method.dylora import DyLoRA
 from fastpeft.registry import check_finite, check_int
+from fastpeft.train.layers import take_charge
 from fastpeft.train.protocol import Context, Procedure
 
 DISTRIBUTIONS = ("uniform", "geometric")
@@ -46,10 +47,7 @@ class DyLoRASampling(Procedure):
         return random.Random(f"{self.seed} {step}").choices(range(1, highest + 1), weights)[0]
 
     def on_train_begin(self, ctx: Context) -> None:
-        self._resting = {m: m.b for m in ctx.model.modules() if isinstance(m, DyLoRA)}
-        if not self._resting:
-            what = f"{type(ctx.model).__name__} without a dylora layer"
-            raise ValueError(f"DyLoRASampling: attached to a {what}; adapt it with 'dylora'.")
+        self._resting = {m: m.b for m in take_charge(ctx, DyLoRA, "DyLoRASampling", "dylora").values()}
         ctx.closing.callback(self._release)
 
     def _release(self) -> None:

@@ -13,6 +13,7 @@ from fastpeft.adapter import weight_of
 from fastpeft.method.galore import GaLore
 from fastpeft.train.layers import held, inner, parts_of, take_charge
 from fastpeft.train.lora_fa import HFAdamW
+from fastpeft.train.optimizer import split_each
 from fastpeft.train.protocol import Context, Procedure
 
 
@@ -48,15 +49,14 @@ class GaLoreProjection(Procedure):
         self._micro, self._checked, self._broken = 0, False, ""
 
     def param_groups(self, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        own = {m.Z for m in parts_of(model, GaLore).values()}
-        halves = ([p for p in g["params"] if (p in own) == mine] for g in groups for mine in (False, True))
-        return [g | {"params": params} for g, params in zip((g for g in groups for _ in range(2)), halves, strict=True) if params]
+        return split_each(groups, [m.Z for m in parts_of(model, GaLore).values()])
 
     def on_train_begin(self, ctx: Context) -> None:
         self._layers = take_charge(ctx, GaLore, "GaLoreProjection", "galore")
         self._by_z = {m.Z: (n, m) for n, m in self._layers.items()}
         self._checked = False
-        if missing := [n for n, m in self._layers.items() if m.Z not in held(ctx)]:
+        own = held(ctx.optimizer)
+        if missing := [n for n, m in self._layers.items() if m.Z not in own]:
             raise ValueError(
                 f"GaLoreProjection: the optimiser does not hold Z of {missing[0]!r}; make it with "
                 "fastpeft.train.build_optimizer(model, procedures, ...)."
@@ -67,7 +67,7 @@ class GaLoreProjection(Procedure):
         if self.per_layer:
             if _distributed():
                 raise RuntimeError("GaLoreProjection: per_layer=True would step before the ranks' gradients are averaged; leave it out.")
-            for p in held(ctx):
+            for p in own:
                 ctx.closing.callback(p.register_post_accumulate_grad_hook(partial(self._ready, ctx)).remove)
 
     def _take_decay(self, group: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ class GaLoreProjection(Procedure):
     def _finish(self, late: bool = False) -> None:
         """Gradients of Z by the new projections, in a step that refreshes. late: they were unscaled and clipped already."""
         waiting = self._sums
-        if _distributed() and waiting:
+        if _distributed():
             waiting = {n: waiting.get(n, None) for n, m in self._layers.items() if m.leaf is not None}
         for name, G in waiting.items():
             m = self._layers[name]

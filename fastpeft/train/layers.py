@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from fastpeft.registry import Method
 from fastpeft.train.protocol import Context
@@ -45,9 +46,9 @@ def _attached(found: Mapping[str, Method], now: bool) -> None:
         m.attached = now
 
 
-def held(ctx: Context) -> set[nn.Parameter]:
+def held(optimizer: Optimizer) -> set[nn.Parameter]:
     """The parameters that the optimiser holds."""
-    return {p for g in ctx.optimizer.param_groups for p in g["params"]}
+    return {p for g in optimizer.param_groups for p in g["params"]}
 
 
 def seeded(*key: int | str) -> torch.Generator:

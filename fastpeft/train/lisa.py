@@ -66,7 +66,7 @@ class LISASchedule(Procedure):
         self._blocks = {n: [p for p in root.get_submodule(n).parameters() if p.requires_grad] for n in names}
         if self.active > len(names):
             raise ValueError(f"LISASchedule: active={self.active} of {len(names)} blocks ({', '.join(names[:3])}, ...); lower it.")
-        own = held(ctx)
+        own = held(ctx.optimizer)
         for name, parameters in self._blocks.items():
             if not parameters or any(p not in own for p in parameters):
                 what = "is frozen" if not parameters else "has parameters that the optimiser does not hold"
@@ -120,12 +120,12 @@ class LISASchedule(Procedure):
 
 
 def blocks_of(model: nn.Module, names: Mapping[str, Any]) -> list[str]:
-    """Children of the outermost ModuleList on the path of each named layer. ValueError where some layer is in none."""
+    """Children of the outermost ModuleList on the path of each named layer. ValueError where none is in any."""
     lists: dict[str, None] = {}
     for name in names:
         parts = name.split(".")
         paths = (".".join(parts[:k]) for k in range(1, len(parts)))
-        lists |= {p: None for p in [next((p for p in paths if isinstance(model.get_submodule(p), nn.ModuleList)), "")]}
+        lists[next((p for p in paths if isinstance(model.get_submodule(p), nn.ModuleList)), "")] = None
     if "" in lists and len(lists) == 1:
         raise ValueError(f"LISASchedule: this {type(model).__name__} has no ModuleList of blocks; name them in blocks=[...].")
     return [f"{path}.{child}" for path in lists if path for child, _ in model.get_submodule(path).named_children()]

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from fastpeft.method.lora_fa import LoRAFA
 from fastpeft.registry import check_finite
+from fastpeft.train.layers import take_charge
 from fastpeft.train.protocol import Context, Procedure
 
 
@@ -32,14 +33,12 @@ class LoRAFAPreconditioner(Procedure):
         if check_finite("LoRAFAPreconditioner", "delta", delta) <= 0:
             raise ValueError(f"LoRAFAPreconditioner: delta={delta}; it must be more than 0.")
         self.delta = float(delta)
+        self._layers: dict[str, LoRAFA] = {}
         self._inverse: dict[LoRAFA, Tensor] = {}
 
     def on_train_begin(self, ctx: Context) -> None:
-        layers = {n: m for n, m in ctx.model.named_modules() if isinstance(m, LoRAFA)}
-        if not layers:
-            what = f"{type(ctx.model).__name__} without a lora_fa layer"
-            raise ValueError(f"LoRAFAPreconditioner: attached to a {what}; adapt it with 'lora_fa'.")
-        for name, m in layers.items():
+        self._layers = take_charge(ctx, LoRAFA, "LoRAFAPreconditioner", "lora_fa")
+        for name, m in self._layers.items():
             if m.A.requires_grad or m.scale == 0:
                 what = "its scale is 0" if m.scale == 0 else "its A trains"
                 raise ValueError(f"LoRAFAPreconditioner: at {name!r} {what}; it needs a frozen A and an alpha other than 0.")
@@ -47,8 +46,8 @@ class LoRAFAPreconditioner(Procedure):
 
     @torch.no_grad()
     def before_step(self, ctx: Context) -> None:
-        for m in ctx.model.modules():
-            if isinstance(m, LoRAFA) and m.B.grad is not None:
+        for m in self._layers.values():
+            if m.B.grad is not None:
                 if m not in self._inverse:
                     self._inverse[m] = self._invert(m.A)
                 P = self._inverse[m]

@@ -68,6 +68,15 @@ def with_role(model: nn.Module, role: str) -> list[nn.Parameter]:
     return list(found)
 
 
+def split_each(groups: list[dict[str, Any]], chosen: Iterable[nn.Parameter], **settings: Any) -> list[dict[str, Any]]:
+    """Each group in two: without the chosen parameters, and those of them that it held, with its settings and these."""
+    out, found = set(chosen), []
+    for g in groups:
+        found.append(g | {"params": [p for p in g["params"] if p not in out]})
+        found.append(g | {"params": [p for p in g["params"] if p in out], **settings})
+    return [g for g in found if g["params"]]
+
+
 def split_off(groups: list[dict[str, Any]], chosen: Iterable[nn.Parameter], **settings: Any) -> list[dict[str, Any]]:
     """The groups with the chosen parameters taken out into one of their own, which has these settings (lr, weight_decay, ...)."""
     out = set(chosen)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastpeft.method.periodic_lora import PeriodicLoRA
 from fastpeft.registry import check_finite, check_int
-from fastpeft.train.layers import held, seeded, take_charge
+from fastpeft.train.layers import seeded, take_charge
 from fastpeft.train.protocol import Context, Procedure
 from fastpeft.train.rate import StageRate
 
@@ -52,11 +52,10 @@ class PeriodicLoRASchedule(Procedure):
             self._unload(ctx)
 
     def _unload(self, ctx: Context) -> None:
-        own = held(ctx)
         for name, m in self._layers.items():
             if m.unload(self.momentum, seeded(self.seed, int(m.stage), name)):
                 self.began = ctx.step
-                for p in {m.A, m.B} & own:
+                for p in (m.A, m.B):
                     ctx.optimizer.state.pop(p, None)
 
     def state_dict(self) -> dict[str, Any]:

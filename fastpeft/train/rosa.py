@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastpeft.method.rosa import RoSA
 from fastpeft.ops.topk import largest
 from fastpeft.registry import check_finite, check_int
+from fastpeft.train.layers import held, parts_of
 from fastpeft.train.optimizer import split_off
 from fastpeft.train.protocol import Context, Procedure
 
@@ -100,9 +101,9 @@ class RoSASchedule(Procedure):
         if any(m.attached for m in rosa):
             raise RuntimeError("RoSASchedule: the model has a schedule already; attach one.")
         self._check_masks(layers)
-        held = {p for g in ctx.optimizer.param_groups for p in g["params"]}
+        own = held(ctx.optimizer)
         for name, m in layers.items():
-            if m.values not in held and self.schedule != "lora_only":
+            if m.values not in own and self.schedule != "lora_only":
                 raise ValueError(
                     f"RoSASchedule: the sparse values of {name!r} are not in the optimiser; make it with "
                     "fastpeft.train.build_optimizer(model, procedures, ...)."
@@ -209,7 +210,4 @@ class RoSASchedule(Procedure):
 
 def sparse_layers(model: nn.Module) -> dict[str, RoSA]:
     """The rosa parts that have a sparse part, by the name of their layer (of DDP and compiled models: the inner one's)."""
-    while isinstance(model, nn.parallel.DistributedDataParallel) or hasattr(model, "_orig_mod"):
-        model = getattr(model, "_orig_mod", None) or model.module
-    found = ((n, m) for n, m in model.named_modules() if isinstance(m, RoSA) and m.values is not None)
-    return {n.rpartition("adapter.")[0].removesuffix("."): m for n, m in found}
+    return {n: m for n, m in parts_of(model, RoSA).items() if m.values is not None}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastpeft.method.sora import SoRA, soft_threshold
 from fastpeft.registry import check_finite, check_int
 from fastpeft.train.layers import parts_of, take_charge
+from fastpeft.train.optimizer import split_each
 from fastpeft.train.protocol import Context, Procedure
 from fastpeft.train.rate import StageRate
 
@@ -104,12 +105,7 @@ class SoRASchedule(Procedure):
         return {n: int((m.g != 0).sum()) for n, m in self._layers.items()}
 
     def param_groups(self, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        gates = {m.g for m in parts_of(model, SoRA).values()}
-        apart = []
-        for group in groups:
-            apart.append(group | {"params": [p for p in group["params"] if p not in gates]})
-            apart.append(group | {"params": [p for p in group["params"] if p in gates], "weight_decay": 0.0})
-        return [g for g in apart if g["params"]]
+        return split_each(groups, [m.g for m in parts_of(model, SoRA).values()], weight_decay=0.0)
 
     def on_train_begin(self, ctx: Context) -> None:
         layers = take_charge(ctx, SoRA, "SoRASchedule", "sora")
@@ -144,7 +140,7 @@ class SoRASchedule(Procedure):
     @torch.no_grad()
     def after_step(self, ctx: Context, skipped: bool) -> None:
         if not skipped and self.threshold:
-            groups = self._groups(ctx)
+            groups = self._groups(ctx) if self.times_lr else {}
             for m in self._layers.values():
                 eta = float(groups[m.g]["lr"]) if self.times_lr else 1.0
                 m.g.copy_(soft_threshold(m.g, eta * self.threshold, compat_official=self.compat_official))

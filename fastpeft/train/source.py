@@ -46,6 +46,7 @@ class Batches:
         if not len(examples):
             raise ValueError("Batches: there are no examples.")
         self.examples, self.seed = examples, seed
+        self._epoch, self._order = -1, list[int]()
         self.collate = torch.utils.data.default_collate if collate is None else collate
 
     def __len__(self) -> int:
@@ -54,8 +55,10 @@ class Batches:
 
     def __call__(self, k: int) -> Any:
         epoch, place = divmod(k, len(self))
-        order = random.Random(f"{self.seed} {epoch}").sample(range(len(self.examples)), len(self.examples))
-        return self.collate([self.examples[i] for i in order[place * self.size : (place + 1) * self.size]])
+        if epoch != self._epoch:
+            count = len(self.examples)
+            self._epoch, self._order = epoch, random.Random(f"{self.seed} {epoch}").sample(range(count), count)
+        return self.collate([self.examples[i] for i in self._order[place * self.size : (place + 1) * self.size]])
 
 
 def check_source(who: str, source: Any) -> Any:
