@@ -41,6 +41,24 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[st
         raise
     for name in (WEIGHTS, CONFIG):  # the weights' rename is the moment at which the new checkpoint exists
         os.replace(pending[name], folder / name)
+    _sync_names(folder)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Make `data` the file's content, in a folder that is made if there is none. Whatever stops it leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pending = pending_path(path.parent, path.name)
+    try:
+        sync_write(pending, data)
+        os.replace(pending, path)
+    except BaseException:
+        pending.unlink(missing_ok=True)
+        raise
+    _sync_names(path.parent)
+
+
+def _sync_names(folder: Path) -> None:
+    """Make a rename in `folder` last through a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

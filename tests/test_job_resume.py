@@ -28,6 +28,7 @@ import torch
 from job_models import WORDS, tiny_model, write_rows
 from safetensors import safe_open
 
+from fastpeft import folder as files
 from fastpeft.job import finetune as job
 from fastpeft.job import loop, memory, report, resume, rng, snapshot, statefile
 from fastpeft.job.data import load_texts
@@ -178,9 +179,10 @@ def dying(place: str, nth: int, die: Callable[[], None]) -> Iterator[None]:
             die()
 
     def half_write(path: Path, data: bytes) -> None:
-        if count + 1 == nth:
-            path.write_bytes(data[: len(data) // 2])
-        here()
+        if path.name == f".{STATE}.pending":
+            if count + 1 == nth:
+                path.write_bytes(data[: len(data) // 2])
+            here()
         real(path, data)
 
     def replace(a: Any, b: Any) -> None:
@@ -204,7 +206,7 @@ def dying(place: str, nth: int, die: Callable[[], None]) -> Iterator[None]:
         "backward": (torch.optim.AdamW, "step", around),  # gradients are there, nothing has moved
         "updated": (torch.optim.AdamW, "step", around),  # moved, and not yet noted
         "epoch": (loop, "_end_epoch", around),
-        "write": (statefile, "sync_write", half_write),
+        "write": (files, "sync_write", half_write),
         "rename": (os, "replace", replace),
         "renamed": (os, "replace", replace),
         "adapter": (os, "replace", replace),
@@ -674,14 +676,14 @@ def test_nothing_to_resume(settings, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_state(settings, tmp_path, whole):
-    mine, real = at(settings, tmp_path), statefile.sync_write
+    mine, real = at(settings, tmp_path), files.sync_write
 
     def full(path: Path, data: bytes) -> None:
-        if any((tmp_path / "out" / "adapter").glob("*.safetensors")):
+        if path.name == f".{STATE}.pending" and any((tmp_path / "out" / "adapter").glob("*.safetensors")):
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    with mock.patch.object(statefile, "sync_write", full), pytest.raises(JobError, match=r"No space left.*--resume continues"):
+    with mock.patch.object(files, "sync_write", full), pytest.raises(JobError, match=r"No space left.*--resume continues"):
         go(mine)
     assert not (tmp_path / "out" / f".{STATE}.pending").exists()
     go(mine, again=True)

@@ -417,7 +417,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(content[:10])
         raise OSError("no space left")
 
-    monkeypatch.setattr("fastpeft.laplace.store.sync_write", broken)
+    monkeypatch.setattr("fastpeft.folder.sync_write", broken)
     with pytest.raises(OSError, match="no space left"):
         posterior.save(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["laplace.safetensors"] and (tmp_path / "laplace.safetensors").read_bytes() == old

@@ -603,7 +603,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(data[:10])
         raise OSError("disk full")
 
-    monkeypatch.setattr(train.masks, "sync_write", fail)
+    monkeypatch.setattr("fastpeft.folder.sync_write", fail)
     with pytest.raises(OSError, match="disk full"):
         train.save_masks(with_masks(model, 2), file)
     assert file.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["masks"]

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 
-from fastpeft.folder import pending_path, sync_write
+from fastpeft.folder import replace_file
 from fastpeft.train.layers import held
 from fastpeft.train.optimizer import check_groups
 from fastpeft.train.protocol import Procedure
@@ -101,15 +101,7 @@ class ProcedureCallback(TrainerCallback):
         saved |= {"epoch_ends": ends, "runner": runner.state_dict()}
         buffer = io.BytesIO()
         torch.save(saved, buffer)
-        folder, name = _folder(args, state), _name(args)
-        folder.mkdir(parents=True, exist_ok=True)
-        pending = pending_path(folder, name)
-        try:
-            sync_write(pending, buffer.getvalue())
-            os.replace(pending, folder / name)
-        except BaseException:
-            pending.unlink(missing_ok=True)
-            raise
+        replace_file(_folder(args, state) / _name(args), buffer.getvalue())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         runner, self.runner = self._open(), None

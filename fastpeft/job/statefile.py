@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 # the writes of adapter folders and of this file are to be safe in the same way
-from fastpeft.folder import pending_path, sync_write
+from fastpeft.folder import pending_path, replace_file
 from fastpeft.job.errors import JobError
 
 NAME = "resume.state"
@@ -28,14 +27,7 @@ def write(folder: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     body = buffer.getvalue()
-    pending = pending_path(folder, NAME)
-    try:
-        sync_write(pending, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
-    except BaseException:
-        pending.unlink(missing_ok=True)
-        raise
-    os.replace(pending, folder / NAME)
-    _sync_folder(folder)
+    replace_file(folder / NAME, _MAGIC + hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
@@ -77,12 +69,3 @@ def _unusable(path: Path, why: str) -> str:
         f"finetune: {path}: this state cannot be continued: {why}. Nothing was changed. Put an intact copy there, or start "
         "the run again with --restart; an adapter/ folder beside it is a file of its own and still loads."
     )
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.folder import LIBRARY, CheckpointError, open_weights, pending_path, sync_write
+from fastpeft.folder import LIBRARY, CheckpointError, open_weights, replace_file
 from fastpeft.laplace.batch import Reader, attended, class_labels, class_logits
 from fastpeft.laplace.kronecker import Eigen, Factor
 from fastpeft.laplace.observe import factor_name, find_layers
@@ -32,15 +32,8 @@ def save(posterior: Posterior, folder: str | os.PathLike[str]) -> None:
             own: Eigen = getattr(factor, side)
             tensors |= {f"{name}.{side}.values": own.values, f"{name}.{side}.vectors": own.vectors}
     meta = {"factors": list(posterior.factors), "log_likelihood": posterior.log_likelihood, "settings": posterior.settings}
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    pending = pending_path(path, FILE)
-    try:
-        sync_write(pending, written({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {LIBRARY: json.dumps(meta)}))
-    except BaseException:
-        pending.unlink(missing_ok=True)
-        raise
-    os.replace(pending, path / FILE)
+    data = written({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, {LIBRARY: json.dumps(meta)})
+    replace_file(Path(folder) / FILE, data)
 
 
 def load(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.folder import CheckpointError, open_weights, pending_path, sync_write
+from fastpeft.folder import CheckpointError, open_weights, replace_file
 from fastpeft.method.rosa import RoSA
 from fastpeft.train.rosa import sparse_layers
 
@@ -27,17 +27,8 @@ def save_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
         raise ValueError(f"save_masks: {', '.join(without[:4])} of {len(layers)} layers have no mask yet; run RoSASchedule to its end.")
     from safetensors.torch import save
 
-    path = Path(file)
     masks = {_key(n): m.index.cpu().contiguous() for n, m in layers.items()}
-    data = save(masks, {"format": "pt", "fastpeft": _KIND})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pending = pending_path(path.parent, path.name)
-    try:
-        sync_write(pending, data)
-        os.replace(pending, path)
-    except BaseException:
-        pending.unlink(missing_ok=True)
-        raise
+    replace_file(Path(file), save(masks, {"format": "pt", "fastpeft": _KIND}))
 
 
 def load_masks(model: nn.Module, file: str | os.PathLike[str]) -> None:
