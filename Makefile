@@ -15,6 +15,8 @@ GALORE = galore-torch==1.0
 # the Laplace approximation that ours is tested against, and what it imports: torchvision is none of that
 LAPLACE = laplace-torch==0.3 curvlinops-for-pytorch==3.0.1 asdfghjkl==0.1a4 backpack-for-pytorch==1.7.1 unfoldNd==0.2.3 \
           einconv==0.1.0 linear-operator==0.6.1 opt-einsum==3.4.0 torchmetrics==1.9.0 lightning-utilities==0.15.3
+# the bi-level library whose gradients BiLoRA's must equal; it declares Python < 3.11 and needs torch and numpy alone
+BETTY = betty-ml==0.2.1
 
 # builds by the hundred, and nothing that two processes could get in each other's way with
 GATES = $(wildcard tests/test_compile_gate_*.py)
@@ -49,6 +51,7 @@ $(VENV)/.hf: $(VENV)/bin/pip $(SOURCES)
 $(VENV)/.test: $(VENV)/.hf
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[hf,test]'
 	$(PIP) install -q --no-deps $(LYCORIS) $(GALORE) $(LAPLACE)
+	$(PIP) install -q --no-deps --ignore-requires-python $(BETTY)
 	touch $@
 
 clean:

@@ -14,6 +14,7 @@ from fastpeft.cli import main
 from fastpeft.job import finetune as job
 from fastpeft.job import models
 from fastpeft.job.errors import JobError
+from fastpeft.verbs.options import named_options
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +78,12 @@ def test_bench_times_three_layers(capsys):
 def test_bench_errors(capsys, arguments, message):
     assert main(["bench", "--in-features", "16", "--out-features", "16", *arguments]) == 2
     assert message in error_of(capsys, 2)
+
+
+def test_values_of_options():
+    texts = ["a=3", "b=1e-3", "c=true", "d=False", "e=null", "f=None", "g=svd", "h=(1, 2)", "i='true'"]
+    found = named_options("finetune", "option", texts)
+    assert found == {"a": 3, "b": 1e-3, "c": True, "d": False, "e": None, "f": None, "g": "svd", "h": (1, 2), "i": "true"}
 
 
 @pytest.mark.parametrize(

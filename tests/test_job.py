@@ -13,10 +13,11 @@ import torch
 from job_models import WORDS, tiny_model, write_rows
 
 from fastpeft.job import measure, sources, stdlib
+from fastpeft.job.arms import FASTPEFT, Arm
 from fastpeft.job.data import encode, load_texts
 from fastpeft.job.errors import JobError
 from fastpeft.job.finetune import finetune
-from fastpeft.job.loop import lr_at
+from fastpeft.job.loop import Trainee, lr_at, train_step
 from fastpeft.job.models import Source, load_tokenizer, new_modules
 from fastpeft.job.settings import Settings
 from fastpeft.job.split import near_copies, split
@@ -362,3 +363,20 @@ def test_files_of_others_survive(classified, tmp_path):
         "loss.png",
         "memory.png",
     }
+
+
+def test_gradients_are_clipped_by_one_norm_over_all_groups():
+    from types import SimpleNamespace
+
+    a, b = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+
+    class Model(torch.nn.Module):
+        def forward(self):
+            return SimpleNamespace(loss=(3.0 * a + 4.0 * b).sum())
+
+    optimizer = torch.optim.SGD([{"params": [p], "share": 1.0} for p in (a, b)], lr=1.0)
+    t = Trainee(Arm(FASTPEFT, "", "", Model()), optimizer)
+    train_step(t, {}, 1.0, Settings(clip=0.5))
+    moved = -torch.cat([a, b]).detach()
+    assert float(moved.norm()) == pytest.approx(0.5, rel=1e-5)
+    assert torch.allclose(moved / moved[0], torch.tensor([1.0, 1.0, 4 / 3, 4 / 3]))

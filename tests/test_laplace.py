@@ -188,6 +188,10 @@ def test_fewer_eigenvalues_equal_the_woodbury_form(wide):
         assert_fp64(got[n], want, "covariance")
         assert_fp64(got[n], J[n].flatten(1) @ torch.linalg.solve(P, J[n].flatten(1).T), "dense covariance")
         assert_fp64(factor.logdet(lam), logdet, "Woodbury logdet")
+    slope = torch.autograd.functional.jacobian(lambda precision: factor.covariance(factor.project(J), precision), lam)
+    for n in range(len(J)):
+        half = torch.linalg.solve(P, J[n].flatten(1).T)
+        assert_fp64(slope[n], -half.T @ half, "its slope in the precision")
 
 
 @pytest.mark.parametrize("columns", [3, 30])
@@ -306,6 +310,10 @@ def test_metrics_are_their_formulas():
     for bins in (1, 7, 15):
         assert abs(laplace.ece(p, y, bins) - papers.expected_calibration_error(p, y, bins)) < 1e-12
     rows = list(zip(p.tolist(), y.tolist(), strict=True))
+    for k, (share, right, sure) in enumerate(zip(*laplace.reliability(p, y, 7), strict=True)):
+        its = [(max(row), row.index(max(row)) == c) for row, c in rows if k / 7 < max(row) <= (k + 1) / 7]
+        assert share == len(its) / 200 and (its or (right.isnan() and sure.isnan()))
+        assert not its or abs(right - sum(r for _, r in its) / len(its)) + abs(sure - sum(c for c, _ in its) / len(its)) < 1e-12
     assert abs(got["brier"] - sum((q - (c == k)) ** 2 for row, k in rows for c, q in enumerate(row)) / 200) < 1e-12
     assert abs(got["nll"] + sum(torch.tensor(row[k], dtype=DT).log().item() for row, k in rows) / 200) < 1e-12
     assert got["accuracy"] == sum(max(row) == row[k] for row, k in rows) / 200 and got["ece"] == laplace.ece(p, y)

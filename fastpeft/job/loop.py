@@ -25,7 +25,8 @@ from fastpeft.job.data import Examples
 from fastpeft.job.early_stopping import EarlyStopping
 from fastpeft.job.errors import JobError
 from fastpeft.job.evaluate import Score, evaluate
-from fastpeft.job.procedures import hold_out
+from fastpeft.job.history import History
+from fastpeft.job.procedures import hold_out, without_source
 from fastpeft.job.settings import Settings
 from fastpeft.job.weights import copy_weights, set_weights
 from fastpeft.train import attach
@@ -38,6 +39,7 @@ class Trainee:
     starts: the steps that were the first of a process; the run's own, then one per resume.
     stopping: None without early stopping, and then so is `best`, a copy of the best epoch's weights.
     runner: of the arm's procedures, if it has some; `train` enters it.
+    histories: what they count over the steps, by PROGRESS.   aside: examples that a procedure had for itself, by its name.
     """
 
     arm: Arm
@@ -49,6 +51,8 @@ class Trainee:
     starts: list[int] = field(default_factory=lambda: [0])
     stopping: EarlyStopping | None = None
     best: dict[str, Tensor] | None = None
+    histories: dict[str, History] = field(default_factory=dict)
+    aside: dict[str, int] = field(default_factory=dict)
 
     @property
     def epochs(self) -> int:
@@ -63,6 +67,15 @@ class Trainee:
     def kept_epoch(self) -> int:
         """The epoch whose weights are the result so far: the best one with early stopping, else the last."""
         return self.epochs if self.stopping is None else self.stopping.best_epoch
+
+    def note_progress(self) -> None:
+        """Take down what the procedures count now; while the runner is entered, between two steps."""
+        counts: dict[str, dict[str, int]] = {}
+        for p in self.arm.procedures if self.runner is not None else ():
+            if p.PROGRESS is not None:
+                counts.setdefault(p.PROGRESS, {}).update(p.progress())
+        for kind, found in counts.items():
+            self.histories.setdefault(kind, History()).record(len(self.losses), found)
 
     def __str__(self) -> str:
         note = f" (stopped, best epoch {self.kept_epoch})" if self.stopped else ""
@@ -124,7 +137,8 @@ def train_step(t: Trainee, batch: dict[str, Tensor], lr: float, settings: Settin
     loss.backward()
     for group in t.optimizer.param_groups:
         group["lr"] = lr * group["share"]
-        torch.nn.utils.clip_grad_norm_(group["params"], settings.clip)
+    # one norm over all groups: how a procedure groups parameters is no reason to clip them otherwise
+    torch.nn.utils.clip_grad_norm_([p for g in t.optimizer.param_groups for p in g["params"]], settings.clip)
     t.optimizer.step()
     t.optimizer.zero_grad(set_to_none=True)
     if t.runner is not None:
@@ -148,7 +162,10 @@ def train(
     What a procedure wants for itself (fastpeft.job.procedures.hold_out) no arm trains on. An arm that stops early takes no further step; with early stopping every arm ends with its best epoch's weights.
     after_step(steps done) is called within an epoch, after_epoch(epochs done) after its evaluation.
     """
-    data = hold_out([p for t in trainees for p in t.arm.procedures], data, settings.batch_size, seed)
+    wanting = [(t, p) for t in trainees for p in without_source(t.arm.procedures)]
+    data = hold_out([p for _, p in wanting], data, settings.batch_size, seed)
+    for t, p in wanting:
+        t.aside[type(p).__name__] = len(p.source.examples)
     per_epoch = len(data.order(settings.batch_size, seed=seed, epoch=0))
     with contextlib.ExitStack() as stack:
         for t in trainees:
@@ -178,6 +195,7 @@ def _train(
     from tqdm import tqdm
 
     for t in trainees:
+        t.note_progress()
         if not t.scores:
             t.scores.append(evaluate(t.arm.model, held, settings))
     total, done = per_epoch * settings.epochs, max(len(t.losses) for t in trainees)
@@ -207,6 +225,7 @@ def _end_epoch(t: Trainee, held: Examples, validation: Examples | None, settings
     """Evaluate; with early stopping keep the weights if they are the best so far."""
     if t.runner is not None:
         t.runner.epoch_end()
+    t.note_progress()
     t.scores.append(evaluate(t.arm.model, held, settings))
     if t.stopping is not None:
         assert validation is not None
@@ -237,3 +256,4 @@ def _one_batch(
             torch.cuda.synchronize()
         t.seconds.append(time.perf_counter() - start)
         t.losses.append(loss)
+        t.note_progress()

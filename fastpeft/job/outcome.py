@@ -13,6 +13,7 @@ from fastpeft.job import measure
 from fastpeft.job.arms import FASTPEFT, PEFT
 from fastpeft.job.early_stopping import EarlyStopping
 from fastpeft.job.evaluate import Score
+from fastpeft.job.history import History
 from fastpeft.job.settings import Settings
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class ArmResult:
     fastpeft.job.memory.
 
     losses, seconds: [seed][step].   scores: [seed][epochs done].   starts: [seed], the steps that were the first of a
-    process.   stopping: [seed], None without early stopping.
+    process.   stopping: [seed], None without early stopping.   histories: [seed], what its procedures count, by
+    Procedure.PROGRESS.   aside: [seed], the examples that a procedure had for itself, by its name.
     """
 
     name: str
@@ -55,6 +57,8 @@ class ArmResult:
     scores: list[list[Score]] = field(default_factory=list)
     starts: list[list[int]] = field(default_factory=list)
     stopping: list[EarlyStopping | None] = field(default_factory=list)
+    histories: list[dict[str, History]] = field(default_factory=list)
+    aside: list[dict[str, int]] = field(default_factory=list)
 
     def add(self, t: Trainee) -> None:
         """Add one seed."""
@@ -63,6 +67,8 @@ class ArmResult:
         self.scores.append(t.scores)
         self.starts.append(t.starts)
         self.stopping.append(t.stopping)
+        self.histories.append(t.histories)
+        self.aside.append(t.aside)
 
     @property
     def step_seconds(self) -> list[float]:
@@ -120,6 +126,36 @@ class Outcome:
     def metric(self) -> str:
         return "perplexity" if self.data["classes"] is None else "accuracy"
 
+    @property
+    def aside(self) -> dict[str, int]:
+        """Training examples that no arm trains on, by the name of the procedure that has them; the same number for each seed."""
+        return {name: count for a in self.arms for seed in a.aside for name, count in seed.items()}
+
+    @property
+    def learned_from(self) -> int:
+        """Training examples that the arms train on."""
+        return self.data["train"] - max(self.aside.values(), default=0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.learned_from // self.settings.batch_size)
+
+    @property
+    def progress_kinds(self) -> list[str]:
+        """What the procedures counted: "ranks", "freezing"."""
+        ours = self.arm(FASTPEFT)
+        return [] if ours is None else sorted({kind for seed in ours.histories for kind in seed})
+
+    def training_loss(self, a: ArmResult) -> list[float]:
+        """Of each seed the mean loss of the steps of the epoch whose weights are kept."""
+        n = self.steps_per_epoch
+        return [statistics.fmean(x[(e - 1) * n : e * n]) for x, e in zip(a.losses, a.kept_epochs, strict=True)]
+
+    def loss_gap(self, a: ArmResult) -> list[float]:
+        """Of each seed the evaluation loss of the kept weights minus `training_loss`."""
+        held = [s[e].loss for s, e in zip(a.scores, a.kept_epochs, strict=True)]
+        return [h - t for h, t in zip(held, self.training_loss(a), strict=True)]
+
     def arm(self, name: str) -> ArmResult | None:
         return next((a for a in self.arms if a.name == name), None)
 
@@ -157,17 +193,21 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             f"{outcome.metric}_spread": spread if spread is None else _finite(spread),
             f"{outcome.metric}_per_seed": [[_finite(s.metric) for s in seed] for seed in a.scores],
             "evaluation_loss_per_seed": [[s.loss for s in seed] for seed in a.scores],
+            "training_loss_per_seed": outcome.training_loss(a),
+            "loss_gap_per_seed": [_finite(g) for g in outcome.loss_gap(a)],
             "losses": a.losses,
             "step_seconds": a.seconds,
             "resumed_at_steps": a.resumed_at,
             "kept_epochs": a.kept_epochs,
             "validation_loss_per_seed": [None if s is None else s.losses for s in a.stopping],
         }
+        if any(a.histories):
+            row["progress_per_seed"] = [{kind: h.changes for kind, h in seed.items()} for seed in a.histories]
         arms.append(row)
     return {
         "settings": outcome.settings.as_dict(),
         "model": outcome.model,
-        "data": outcome.data,
+        "data": outcome.data | ({"learned_from": outcome.learned_from, "aside": outcome.aside} if outcome.aside else {}),
         "metric": outcome.metric,
         "measured_batch": outcome.measured_batch,
         "arms": arms,

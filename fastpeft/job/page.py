@@ -6,7 +6,8 @@ import math
 import statistics
 
 from fastpeft.job import measure
-from fastpeft.job.arms import PEFT
+from fastpeft.job.arms import FASTPEFT, PEFT
+from fastpeft.job.history import module_type
 from fastpeft.job.outcome import Outcome, comparison, ratio_to, versions
 
 MIB = 1 << 20
@@ -67,6 +68,7 @@ def as_markdown(outcome: Outcome) -> str:
         "\n".join(f"- **{a.title}**: {a.note}." for a in outcome.arms),
         "\n".join(_reading(outcome)),
         "![loss](loss.png)\n\n![memory](memory.png)",
+        *(_progress(outcome, kind) for kind in outcome.progress_kinds),
         "## What the columns are\n\n" + "\n".join(_columns(outcome)),
         "## Versions\n\n" + ", ".join(f"{k} {v}" for k, v in versions().items()) + ".",
     ]
@@ -86,6 +88,9 @@ def _job(outcome: Outcome) -> list[str]:
         f"seeds {', '.join(map(str, s.seeds))}, {s.dtype}, {s.torch_device}, {s.thread_count} threads; "
         f"{_wall(outcome)}.",
     ]
+    if outcome.aside:
+        owners = ", ".join(f"{count} are {name}'s alone (D2)" for name, count in outcome.aside.items())
+        lines.append(f"- Split: of the {data['train']} examples {outcome.learned_from} train every arm (D1), {owners}, drawn anew for each seed.")
     if outcome.model["sha256"]:
         lines.append(f"- Weights: sha256 `{outcome.model['sha256']}`.")
     return lines
@@ -136,7 +141,7 @@ def _reading(outcome: Outcome) -> list[str]:
         each = ", ".join(f"{d:+.3f}" for d in differences)
         over = f" (standard deviation {spread:.3f}; per seed {each})" if spread is not None else ""
         lines.append(f"- fastpeft minus PEFT in {outcome.metric}: {mean:+.3f}{over}.")
-    lines += _stopping(outcome)
+    lines += [_gaps(outcome), *_stopping(outcome)]
     r = outcome.reload
     through = "" if r.peft is None else f", and of {r.peft:.1e} when stock PEFT loads it"
     lines.append(
@@ -145,6 +150,49 @@ def _reading(outcome: Outcome) -> list[str]:
         f"difference of {r.fastpeft:.1e} from the trained model's{through} (largest logit {r.scale:.2f})."
     )
     return lines
+
+
+def _gaps(outcome: Outcome) -> str:
+    each = []
+    for a in outcome.arms:
+        mean, spread = measure.mean_and_spread(outcome.loss_gap(a))
+        each.append(f"{a.title} {mean:+.3f}" + ("" if spread is None else f" ± {spread:.3f}"))
+    epoch = "last" if outcome.settings.patience is None else "kept"
+    return (
+        f"- Evaluation loss minus training loss: {', '.join(each)}. The training loss is the mean over the steps of the {epoch} epoch, as "
+        "they were taken: with dropout, and with weights that still moved."
+    )
+
+
+_PROGRESS = {
+    "ranks": (
+        "Ranks in use",
+        "Ranks in use after each step, a mean over the layers of a type of module; in the table also their sum. Memory and the number of "
+        "trainable parameters above are those at the start.",
+    ),
+    "freezing": (
+        "Matrices that still train",
+        "Share of the matrices that train, by type; 1 is all of them, and what is frozen stays so. What trains beside these matrices is not "
+        "in it. Memory and the number of trainable parameters above are those at the start.",
+    ),
+}
+
+
+def _progress(outcome: Outcome, kind: str) -> str:
+    """The plot of what the procedure counts, and a table: before training, and with the weights that were kept."""
+    title, text = _PROGRESS[kind]
+    ours = outcome.arm(FASTPEFT)
+    assert ours is not None
+    ends = [min(len(x), e * outcome.steps_per_epoch) for x, e in zip(ours.losses, ours.kept_epochs, strict=True)]
+    pairs = [(seed[kind].at(0), seed[kind].at(end)) for seed, end in zip(ours.histories, ends, strict=True)]
+    names = list(pairs[0][0])
+    rows = ["| type | of | before | in the result, by seed |", "| --- | ---: | ---: | --- |"]
+    for group in [*dict.fromkeys(map(module_type, names)), None]:
+        own = [n for n in names if group is None or module_type(n) == group]
+        before, *after = (sum(counts[n] for n in own) for counts in (pairs[0][0], *(last for _, last in pairs)))
+        rows.append(f"| {group or 'all'} | {len(own)} | {before} | {', '.join(map(str, after))} |")
+    seeds = f" Thick: seed {outcome.settings.seeds[0]}; thin: the others." if len(ours.histories) > 1 else ""
+    return f"## {title}\n\n![{kind}]({kind}.png)\n\n{text}{seeds}\n\n" + "\n".join(rows)
 
 
 def _columns(outcome: Outcome) -> list[str]:

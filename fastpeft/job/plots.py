@@ -1,7 +1,8 @@
-"""loss.png and memory.png. Drawn through the Agg canvas itself: no pyplot, no global state, no display."""
+"""loss.png, memory.png, ranks.png and freezing.png. Drawn through the Agg canvas itself: no pyplot, no global state, no display."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ MIB = 1 << 20
 # told apart also in grey print: fastpeft is drawn last, dashed, so that an equal curve below it stays visible
 _COLOURS = {FROZEN: "#9a9a9a", PEFT: "#d1741f", FASTPEFT: "#1b5e9e"}
 _DASHES = {FROZEN: "-", PEFT: "-", FASTPEFT: "--"}
+
+# by Procedure.PROGRESS
+PROGRESS_LABELS = {"ranks": "ranks in use, mean of the layers", "freezing": "share of the matrices that trains"}
 
 
 def running_mean(values: Sequence[float], width: int) -> list[float]:
@@ -29,8 +33,8 @@ def draw_loss(outcome: Outcome, path: Path) -> None:
         losses, scores = a.losses[0], a.scores[0]
         colour = _COLOURS[a.name]
         axes.plot(running_mean(losses, width), _DASHES[a.name], color=colour, label=f"{a.title}: training")
-        per_epoch = len(losses) / (len(scores) - 1)
-        places = [per_epoch * e for e in range(len(scores))]
+        # an arm whose procedures have reached their end stops within an epoch
+        places = [min(len(losses), outcome.steps_per_epoch * e) for e in range(len(scores))]
         axes.plot(
             places, [s.loss for s in scores], "o", color=colour, markersize=4, label=f"{a.title}: evaluation"
         )
@@ -54,6 +58,30 @@ def draw_memory(outcome: Outcome, path: Path) -> None:
         axes.bar_label(bars, fmt="%.0f")
         axes.set_ylabel("MiB")
         axes.set_title(title)
+    _save(figure, path)
+
+
+def draw_progress(outcome: Outcome, kind: str, path: Path) -> None:
+    """What fastpeft's procedure counts, as a mean by type of module over the steps; the first seed thick, the others thin."""
+    from matplotlib import colormaps
+
+    figure, [axes] = _figure(1, width=9)
+    ours = outcome.arm(FASTPEFT)
+    assert ours is not None
+    palette, colours = colormaps["tab20"], dict[str, Any]()
+    for losses, seed in zip(ours.losses, ours.histories, strict=True):
+        lines = seed[kind].by_type(statistics.fmean)
+        for name, points in lines.items():
+            first = name not in colours
+            colour = colours.setdefault(name, palette(len(colours) % 20))
+            steps, values = zip(*points, (len(losses), points[-1][1]), strict=True)
+            style: dict[str, Any] = {"linewidth": 2, "label": name} if first else {"linewidth": 0.8, "alpha": 0.6}
+            axes.plot(steps, values, drawstyle="steps-post", color=colour, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel(PROGRESS_LABELS[kind])
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{ours.title}, by type of module")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     _save(figure, path)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastpeft.job.early_stopping import EarlyStopping
 from fastpeft.job.evaluate import Score
+from fastpeft.job.history import History
 from fastpeft.job.loop import Trainee
 from fastpeft.job.outcome import ArmResult
 from fastpeft.job.weights import copy_weights, set_weights
@@ -25,6 +26,7 @@ def of_trainee(t: Trainee) -> dict[str, Any]:
         "starts": t.starts,
         "scores": [asdict(s) for s in t.scores],
         "stopping": asdict(t.stopping) if t.stopping is not None else None,
+        "histories": _of_histories(t.histories),
     }
 
 
@@ -43,13 +45,23 @@ def into_trainee(t: Trainee, saved: Mapping[str, Any]) -> None:
     t.starts = [*saved["starts"], len(t.losses)]
     t.scores = [Score(**s) for s in saved["scores"]]
     t.stopping = EarlyStopping(**saved["stopping"]) if saved["stopping"] is not None else None
+    t.histories = _into_histories(saved["histories"])
 
 
 def of_result(result: ArmResult) -> dict[str, Any]:
-    return asdict(result)
+    return asdict(result) | {"histories": [_of_histories(seed) for seed in result.histories]}
 
 
 def into_result(saved: Mapping[str, Any]) -> ArmResult:
     scores = [[Score(**s) for s in seed] for seed in saved["scores"]]
     stopping = [EarlyStopping(**s) if s is not None else None for s in saved["stopping"]]
-    return ArmResult(**(dict(saved) | {"scores": scores, "stopping": stopping}))
+    histories = [_into_histories(seed) for seed in saved["histories"]]
+    return ArmResult(**(dict(saved) | {"scores": scores, "stopping": stopping, "histories": histories}))
+
+
+def _of_histories(found: Mapping[str, History]) -> dict[str, Any]:
+    return {kind: h.changes for kind, h in found.items()}
+
+
+def _into_histories(saved: Mapping[str, Any]) -> dict[str, History]:
+    return {kind: History(changes) for kind, changes in saved.items()}

@@ -19,7 +19,7 @@ from fastpeft.folder import pending_path, replace_file
 from fastpeft.job.errors import JobError
 
 NAME = "resume.state"
-_MAGIC = b"fastpeft run 1 sha256 "
+_MAGIC = b"fastpeft run 2 sha256 "
 
 
 def write(folder: Path, state: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ Adapters of `lora`, `lora_plus` and any other method that is A and B alone will 
 
 from fastpeft.laplace.batch import answers
 from fastpeft.laplace.curvature import fit
-from fastpeft.laplace.metrics import accuracy, brier, ece, nll, scores
-from fastpeft.laplace.posterior import Posterior
+from fastpeft.laplace.metrics import Reliability, accuracy, brier, ece, nll, reliability, scores
+from fastpeft.laplace.posterior import Posterior, predictive
 from fastpeft.laplace.store import load
 
-__all__ = ["Posterior", "accuracy", "answers", "brier", "ece", "fit", "load", "nll", "scores"]
+__all__ = ["Posterior", "Reliability", "accuracy", "answers", "brier", "ece", "fit", "load", "nll", "predictive", "reliability", "scores"]

@@ -7,6 +7,7 @@ Everything is fp64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,9 +97,27 @@ class Factor:
 
     def covariance(self, seen: Projected, precision: Tensor) -> Tensor:
         """J P^-1 J^T: this factor's share of the logits' covariance, [samples, classes, classes]."""
-        scaled = (seen.h / (self.products + precision)).flatten(2)
-        inside = scaled @ seen.h.flatten(2).mT
+        inside = _Inside.apply(seen.h, self.products, precision)
         return inside if seen.outside is None else inside + seen.outside / precision
+
+
+class _Inside(torch.autograd.Function):
+    """sum over k, l of h h^T / (products + precision), [samples, classes, classes], and its derivative in the precision alone.
+
+    Autograd would keep two tensors of h's size for each, and read them several times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, products: Tensor, precision: Tensor) -> Tensor:
+        scaled = (h / (products + precision)).flatten(2)
+        if ctx.needs_input_grad[2]:
+            ctx.save_for_backward(scaled @ scaled.mT)
+        return scaled @ h.flatten(2).mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
+        (squared,) = ctx.saved_tensors
+        return None, None, -(grad * squared).sum()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -22,23 +24,39 @@ def brier(p: Tensor, y: Tensor) -> float:
     return (_checked(p, y) - right).square().sum(1).mean().item()
 
 
-def ece(p: Tensor, y: Tensor, bins: int = 15) -> float:
-    """Expected calibration error of the likeliest class: sum over bins of share * |accuracy - mean confidence|.
+class Reliability(NamedTuple):
+    """Per bin of confidence, each [bins] fp64: share of the samples, and their accuracy and mean confidence (NaN in an empty bin)."""
+
+    share: Tensor
+    accuracy: Tensor
+    confidence: Tensor
+
+
+def reliability(p: Tensor, y: Tensor, bins: int = 15) -> Reliability:
+    """How often the likeliest class is right where it is given which probability.
 
     Bins are (low, high], of equal width over [0, 1].
     """
     if bins < 1:
-        raise ValueError(f"laplace.ece: bins={bins}; it must be at least 1.")
+        raise ValueError(f"laplace.reliability: bins={bins}; it must be at least 1.")
     confidence, chosen = _checked(p, y).max(1)
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=p.device)[1:-1]
-    gap = (chosen == y).double() - confidence
-    total = gap.new_zeros(bins).index_add_(0, torch.bucketize(confidence, edges), gap)
-    return total.abs().sum().item() / len(y)
+    which = torch.bucketize(confidence, edges)
+    count, right, sure = (
+        confidence.new_zeros(bins).index_add_(0, which, v) for v in (torch.ones_like(confidence), (chosen == y).double(), confidence)
+    )
+    return Reliability(count / len(y), right / count, sure / count)
 
 
-def scores(p: Tensor, y: Tensor) -> dict[str, float]:
+def ece(p: Tensor, y: Tensor, bins: int = 15) -> float:
+    """Expected calibration error of the likeliest class: sum over bins of share * |accuracy - mean confidence|."""
+    share, right, sure = reliability(p, y, bins)
+    return (share * (right - sure).abs())[share > 0].sum().item()
+
+
+def scores(p: Tensor, y: Tensor, bins: int = 15) -> dict[str, float]:
     """accuracy, nll, brier and ece."""
-    return {f.__name__: f(p, y) for f in (accuracy, nll, brier, ece)}
+    return {f.__name__: f(p, y) for f in (accuracy, nll, brier)} | {"ece": ece(p, y, bins)}
 
 
 def _checked(p: Tensor, y: Tensor) -> Tensor:

@@ -106,22 +106,12 @@ class Posterior:
             variances alone; "map", softmax(f) of the trained model.   generator: for the draws.
         The likeliest class may be another than the model's where variances differ between three or more classes.
         """
-        if kind not in KINDS:
-            raise ValueError(f"laplace.predict: kind={kind!r}; it must be one of {', '.join(KINDS)}.")
+        _check_kind(kind)
         if kind == "map":
             self._check_mode()
             batch = self._placed(batch)
             return observe(self.model, self.layers, lambda: self.read.read_logits(self.model, batch))[0].detach().double().softmax(1)
-        f, S = self.logits(batch)
-        if kind == "probit":
-            return (f / (1 + math.pi / 8 * S.diagonal(dim1=1, dim2=2)).sqrt()).softmax(1)
-        total, left = torch.zeros_like(f), samples
-        while left > 0:
-            n = min(left, max(1, CHUNK // f.numel()))
-            draws = torch.randn(n, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
-            total += n * _mean_softmax(f, S, draws)
-            left -= n
-        return total / samples
+        return predictive(*self.logits(batch), kind, samples=samples, generator=generator)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -204,8 +194,32 @@ class Posterior:
                     )
 
 
+@torch.no_grad()
+def predictive(
+    f: Tensor, S: Tensor, kind: str = "mc", *, samples: int = 100_000, generator: torch.Generator | None = None
+) -> Tensor:
+    """Class probabilities [samples, classes] of logits with mean f and covariance S, what Posterior.logits returns; as Posterior.predict."""
+    _check_kind(kind)
+    if kind == "map":
+        return f.softmax(1)
+    if kind == "probit":
+        return (f / (1 + math.pi / 8 * S.diagonal(dim1=1, dim2=2)).sqrt()).softmax(1)
+    total, left = torch.zeros_like(f), samples
+    while left > 0:
+        n = min(left, max(1, CHUNK // f.numel()))
+        draws = torch.randn(n, *f.shape, dtype=f.dtype, device=f.device, generator=generator)
+        total += n * _mean_softmax(f, S, draws)
+        left -= n
+    return total / samples
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"laplace.predict: kind={kind!r}; it must be one of {', '.join(KINDS)}.")
+
+
 def _mean_softmax(f: Tensor, S: Tensor, draws: Tensor) -> Tensor:
     """Mean over draws [n, samples or 1, classes] of softmax(f + L draw), L L^T = S + jitter."""
     eye = torch.eye(f.shape[1], dtype=f.dtype, device=f.device)
     L = torch.linalg.cholesky((S + S.mT) / 2 + JITTER * eye)
-    return (f + (L @ draws[..., None])[..., 0]).softmax(-1).mean(0)
+    return (f + torch.einsum("scd,nsd->nsc", L, draws.expand(-1, len(f), -1))).softmax(-1).mean(0)

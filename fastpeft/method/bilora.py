@@ -35,13 +35,14 @@ class BiLoRA(Method):
     NOTES: ClassVar = Notes(
         formula="W + alpha / rank * B diag(v(E)) A, v = softmax, identity or sigmoid",
         defaults="values='softmax' is the paper's; rank 8 and alpha 16 are ours, its own could not be confirmed",
-        oracle="stock PEFT AdaLoRA with lora_E = v(E): output and gradients; the dense formula in fp64",
+        oracle="stock PEFT AdaLoRA with lora_E = v(E): output and gradients; the dense formula in fp64; Betty 0.2.1, gradients and steps of both levels",
         deviations=(
             "A starts normal(0, 0.02) as AdaLoRA's and B at zero, so that every parametrisation starts at W; not confirmed.",
             "values='real' starts at 1/rank; not confirmed (zero would leave nothing with a gradient).",
             "orthogonality() squares the norms (R1); the paper's norm and averaging are not confirmed.",
             "one lower and one upper step in turn, gamma1 0.1, and the upper AdamW's settings are BiDoRA's or ours; not confirmed.",
             "the upper passes run without dropout.",
+            "the upper step puts A and B back, as Betty 0.2.1 does; 0.1.1 leaves them 0.01 further down the upper loss each time. Which the paper ran is not confirmed.",
             "binary_entropy (R2) is our choice for the approximately binary values; the paper's term is not confirmed.",
         ),
     )

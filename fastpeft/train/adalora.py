@@ -10,7 +10,7 @@ Paper: arXiv 2303.10512.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from fastpeft.method.adalora import AdaLoRA, importance
 from fastpeft.record import RECORD, Adaptation
 from fastpeft.registry import check_finite, check_int
-from fastpeft.train.layers import inner, take_charge
+from fastpeft.train.layers import count_each, inner, take_charge
 from fastpeft.train.protocol import Context, Procedure
 
 # fields of PEFT's AdaLoraConfig -> arguments
@@ -47,6 +47,8 @@ class AdaLoRASchedule(Procedure):
     and those that came back since. An adapter folder saved since that step is PEFT's: without the masked ranks.
     Raises ValueError on other arguments, a target above the layers' ranks, and scores that are not finite.
     """
+
+    PROGRESS: ClassVar = "ranks"
 
     def __init__(
         self,
@@ -119,7 +121,12 @@ class AdaLoRASchedule(Procedure):
     @property
     def ranks(self) -> dict[str, int]:
         """Ranks in use by layer, while attached."""
-        return {n: int((m.E != 0).sum()) for n, m in self._layers.items()}
+        return count_each({n: m.E for n, m in self._layers.items()})
+
+    def progress(self) -> dict[str, int]:
+        """`ranks`; before the first step, where every E is zero and none was masked, all."""
+        found = self.ranks
+        return found if any(found.values()) else {n: len(m.E) for n, m in self._layers.items()}
 
     def budget(self, step: int) -> tuple[int, bool]:
         """(ranks that may stay in all layers together, whether the step masks), while attached."""

@@ -10,7 +10,7 @@ Paper: arXiv 2403.13269.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,8 @@ class AFLoRAFreezing(Procedure):
     and db, and all else, train to the end. Under DDP it needs find_unused_parameters=True. Raises ValueError on other arguments, a
     model in which no A or B trains, and scores that are not finite.
     """
+
+    PROGRESS: ClassVar = "freezing"
 
     def __init__(
         self,
@@ -115,6 +117,9 @@ class AFLoRAFreezing(Procedure):
     def frozen(self) -> list[str]:
         """Names of the matrices that are frozen, in the layers' order while attached."""
         return [n for n in self._matrices if n in self._frozen] or sorted(self._frozen)
+
+    def progress(self) -> dict[str, int]:
+        return {n: int(n not in self._frozen) for n in self._matrices}
 
     def remaining(self, step: int) -> float:
         """The share of the matrices that trains after this step, while attached."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpeft.method.alora_alloc import ALoRAAlloc
 from fastpeft.registry import check_int
-from fastpeft.train.layers import inner, seeded, take_charge
+from fastpeft.train.layers import count_each, inner, seeded, take_charge
 from fastpeft.train.protocol import Batch, Context, Procedure
 from fastpeft.train.source import Loss, Source, batch_of, check_source, loss_of, mean_over_ranks, need_source
 
@@ -47,6 +47,7 @@ class ALoRAAllocation(Procedure):
     Raises ValueError on other arguments and scores that are not finite, RuntimeError in the first step without a source.
     """
 
+    PROGRESS: ClassVar = "ranks"
     HOLDS_OUT: ClassVar = 0.1  # of a job's training data, for the source
 
     def __init__(
@@ -80,7 +81,10 @@ class ALoRAAllocation(Procedure):
     @property
     def ranks(self) -> dict[str, int]:
         """Live ranks by layer, while attached."""
-        return {n: m.live() for n, m in self._layers.items()}
+        return count_each({n: m.gate for n, m in self._layers.items()})
+
+    def progress(self) -> dict[str, int]:
+        return self.ranks
 
     @property
     def count(self) -> int:

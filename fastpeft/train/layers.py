@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpeft.registry import Method
@@ -54,3 +54,12 @@ def held(optimizer: Optimizer) -> set[nn.Parameter]:
 def seeded(*key: int | str) -> torch.Generator:
     """A generator on the CPU that is a function of `key`: the same on every rank and after a resume."""
     return torch.Generator().manual_seed(zlib.crc32(" ".join(map(str, key)).encode()))
+
+
+def count_each(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many entries of each are true, or not zero; one transfer from the device."""
+    if not masks:
+        return {}
+    device = next(iter(masks.values())).device
+    found = torch.stack([torch.count_nonzero(m).to(device) for m in masks.values()])
+    return dict(zip(masks, found.tolist(), strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,12 +71,21 @@ class Procedure:
     on_epoch_end, on_train_end
 
     A procedure replaces no Parameter, and a tensor that it freezes gets grad=None (a zero gradient still lets AdamW move it).
+
+    PROGRESS: what progress() counts, for reports: "ranks", those in use by layer, or "freezing", 1 for a matrix that trains and 0 for
+    one that is frozen; None: nothing.
     """
+
+    PROGRESS: ClassVar[str | None] = None
 
     @property
     def done(self) -> bool:
         """Whether the run has reached what it was for; the loop may ask for it (Runner.done)."""
         return False
+
+    def progress(self) -> dict[str, int]:
+        """Where PROGRESS is set, the counts now, by the name of the layer or matrix; between two steps, while attached."""
+        return {}
 
     def param_groups(self, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The optimiser's groups made of `groups`; every trainable parameter must still be in exactly one."""

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fastpeft.method.sora import SoRA, soft_threshold
 from fastpeft.registry import check_finite, check_int
-from fastpeft.train.layers import parts_of, take_charge
+from fastpeft.train.layers import count_each, parts_of, take_charge
 from fastpeft.train.optimizer import split_each
 from fastpeft.train.protocol import Context, Procedure
 from fastpeft.train.rate import StageRate
@@ -64,6 +64,8 @@ class SoRASchedule(Procedure):
     optimiser, or in a group with weight decay.
     """
 
+    PROGRESS: ClassVar = "ranks"
+
     def __init__(
         self,
         xi: float | Sequence[float] = 3e-4,
@@ -102,7 +104,10 @@ class SoRASchedule(Procedure):
     @property
     def ranks(self) -> dict[str, int]:
         """Open gates by layer, while attached."""
-        return {n: int((m.g != 0).sum()) for n, m in self._layers.items()}
+        return count_each({n: m.g for n, m in self._layers.items()})
+
+    def progress(self) -> dict[str, int]:
+        return self.ranks
 
     def param_groups(self, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return split_each(groups, [m.g for m in parts_of(model, SoRA).values()], weight_decay=0.0)
