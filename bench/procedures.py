@@ -34,13 +34,14 @@ from fastpeft.method.sora import SoRA
 
 FILE = RESULTS / "procedures.jsonl"
 CUTS = (1, 2, 4, 8)
-# title -> (method, options, options of its procedures); ranks and steps fit a job of some 180 steps
-RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "lora": ("lora", {"rank": 8}, {}),
-    "adalora": ("adalora", {"rank": 12}, {"target_rank": 8, "tinit": 20, "tfinal": 60, "deltaT": 5}),
+# title -> (method, options, options of its procedures, learning rate of the adapter); ranks and steps fit a job of some 180 steps
+RUNS: dict[str, tuple[str, dict[str, Any], dict[str, Any], float | None]] = {
+    "lora": ("lora", {"rank": 8}, {}, None),
+    # its three small factors move slowly: at the job's 2e-3 it is not done after these steps
+    "adalora": ("adalora", {"rank": 12}, {"target_rank": 8, "tinit": 20, "tfinal": 60, "deltaT": 1}, 8e-3),
     # the published threshold is for thirty epochs
-    "sora": ("sora", {"rank": 8}, {"xi": 5e-3}),
-    "dylora": ("dylora", {"rank": 8, "alpha": 8}, {}),
+    "sora": ("sora", {"rank": 8}, {"xi": 5e-3}, None),
+    "dylora": ("dylora", {"rank": 8, "alpha": 8}, {}, None),
 }
 
 
@@ -56,15 +57,18 @@ def ranks(model: nn.Module) -> int | None:
 
 
 def run(bench: Bench, title: str, seed: int) -> None:
-    method, options, more = RUNS[title]
+    method, options, more, lr = RUNS[title]
     more = {} if bench.base.quick else more
-    fields = {"method": method, "options": options, "procedure_options": more, "seeds": (seed,)}
+    fields = {"method": method, "options": options, "procedure_options": more, "adapter_lr": lr, "seeds": (seed,)}
     settings = Settings(**(bench.base.as_dict() | fields))
     arm = bench.arm(FASTPEFT, settings, seed)
     t, history = trainee(arm, settings), [ranks(arm.model)]
     train([t], bench.data, bench.held, settings, seed=seed, after_epoch=lambda _: history.append(ranks(arm.model)))
     row = {"bench": "procedures", "kind": "run", "title": title, "options": options, "procedure": more, "seed": seed}
-    row |= {"epochs": settings.epochs, "ranks": history, "accuracies": [s.accuracy for s in t.scores]}
+    row |= {"lr": settings.own_lr}
+    counted = t.histories.get("ranks")
+    steps = [] if counted is None else [(step, sum(now.values())) for step, now in counted.states()]
+    row |= {"epochs": settings.epochs, "ranks": history, "ranks_by_step": steps, "accuracies": [s.accuracy for s in t.scores]}
     row |= {"losses": [s.loss for s in t.scores], "cuts": cuts(bench, arm.model, settings), "examples": len(bench.held)}
     emit(row, None if settings.quick else FILE)
 
@@ -174,15 +178,19 @@ def plot() -> None:
     colors = {title: f"C{k}" for k, title in enumerate(RUNS)}
     for r in read("run"):
         label = r["title"] if r["seed"] == 0 else None
-        left.plot(r["ranks"], marker="o", ms=3, color=colors[r["title"]], label=label)
+        if r.get("ranks_by_step"):
+            left.step(*zip(*r["ranks_by_step"], strict=True), where="post", color=colors[r["title"]], label=label)
+        else:
+            left.axhline(r["ranks"][0], color=colors[r["title"]], label=label)
         middle.plot(r["accuracies"], marker="o", ms=3, color=colors[r["title"]], label=label)
         for kind, found in r["cuts"].items():
             style = {"dylora": ("C3", "DyLoRA"), "first": ("C0", "LoRA, first ranks"), "svd": ("C4", "LoRA, best ranks")}[kind]
             xs = [int(b) for b in found]
-            right.plot(xs, list(found.values()), marker="o", ms=3, color=style[0], label=style[1] if label else None)
-    left.set(xlabel="epoch", ylabel="ranks in use, all layers")
+            right.plot(xs, list(found.values()), marker="o", ms=3, color=style[0], label=style[1] if label is not None else None)
+    left.set(xlabel="step", ylabel="ranks in use, all layers", ylim=0)
     middle.set(xlabel="epoch", ylabel="accuracy")
     right.set(xlabel="ranks kept of 8", ylabel="accuracy", xscale="log", xticks=CUTS, xticklabels=CUTS)
+    right.minorticks_off()
     for axis in (left, middle, right):
         axis.legend()
     figure.savefig(FILE.with_suffix(".png"), dpi=110)

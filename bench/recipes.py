@@ -28,11 +28,15 @@ from fastpeft.job.loop import is_own, train, train_step, trainee
 from fastpeft.job.models import find_model, load_model, load_tokenizer
 from fastpeft.job.procedures import without_source
 from fastpeft.job.settings import Settings
-from fastpeft.registry import every_recipe
+from fastpeft.registry import every_recipe, get_recipe
 
 FILE = RESULTS / "recipes.jsonl"
-# name in the table -> (method, options); the yardsticks that no recipe's default is
-YARDSTICKS = {"lora rank 1": ("lora", {"rank": 1})}
+# name in the table -> (method, options); the yardsticks that no recipe's default is, and what a weak default needs to be told apart from a defect
+YARDSTICKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora rank 1": ("lora", {"rank": 1}),
+    "lotr rank 32": ("lotr", {"rank": 32}),
+    "lotr svd": ("lotr", {"left": "svd", "right": "svd"}),
+}
 # what a default made for billions of parameters needs on this encoder of 384 dimensions
 OPTIONS: dict[str, dict[str, Any]] = {
     # the published density trains 443 numbers in a 384 x 384 layer, and the schedule's 64 steps are a third of this job's
@@ -61,8 +65,8 @@ class Bench:
 
     def arm(self, name: str, settings: Settings, seed: int) -> Arm:
         pad = self.tokenizer.pad_token_id
-        model, new = load_model(self.source, settings, classes=self.classes, pad=pad, seed=seed)
-        [arm] = build_arms([name], model, new, settings, seed=seed)
+        model, self.heads = load_model(self.source, settings, classes=self.classes, pad=pad, seed=seed)
+        [arm] = build_arms([name], model, self.heads, settings, seed=seed)
         return arm
 
     def settings(self, method: str, options: dict[str, Any], lr: float | None) -> Settings:
@@ -88,6 +92,8 @@ def train_all(bench: Bench, found: dict[str, tuple[str, dict[str, Any]]], seeds:
                 continue
             arm = bench.arm(name, settings, seed)
             own = sum(p.numel() for n, p in arm.model.named_parameters() if p.requires_grad and _adapter(n, name))
+            if name == FASTPEFT and get_recipe(method).cls.TRAINS_ALL:
+                own = arm.trainable - sum(p.numel() for h in bench.heads for p in arm.model.get_submodule(h).parameters())
             row |= {"trainable": own, "saved_bytes": measure.step_bytes(arm.model, bench.longest(), arm.procedures)}
             t = trainee(arm, settings)
             train([t], bench.data, bench.held, settings, seed=seed)

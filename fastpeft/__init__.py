@@ -13,7 +13,7 @@ from typing import Any
 from fastpeft.adapter import AdaptedLinear
 from fastpeft.catalogue import methods
 from fastpeft.checkpoint import load_adapter, save_adapter
-from fastpeft.export import export_lora
+from fastpeft.export import export_expert, export_lora
 from fastpeft.folder import CheckpointError
 from fastpeft.leave import adapters_off, merge, unload
 from fastpeft.linear import adapted_linear
@@ -31,7 +31,9 @@ __all__ = [
     "adapt",
     "adapted_linear",
     "adapters_off",
+    "domains",
     "dropout_mask",
+    "export_expert",
     "export_lora",
     "laplace",
     "load_adapter",
@@ -44,6 +46,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("train", "laplace"):  # imported when asked for
+    if name in ("train", "laplace", "domains"):  # imported when asked for
         return importlib.import_module(f"fastpeft.{name}")
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

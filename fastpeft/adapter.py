@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -243,9 +243,14 @@ def own_options(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def shared_holders(
-    found: list[Recipe], sites: Mapping[str, tuple[Any, Mapping[str, Any]]], blank: bool = False
+    found: list[Recipe],
+    sites: Mapping[str, tuple[Any, Mapping[str, Any]]],
+    blank: bool = False,
+    blocks: Mapping[str, Any] | None = None,
 ) -> tuple[nn.ModuleDict, dict[str, dict[str, Holder]]]:
     """(all holders by `<recipe>_<key>`, site -> recipe -> holder) for sites: name -> (base, options); blank: as Build has it.
+
+    blocks: site -> the Block around it, of methods that route by block.
 
     ValueError where sites that would share parameters lie on several devices, or want them in several dtypes.
     """
@@ -253,7 +258,10 @@ def shared_holders(
     every, by_site = nn.ModuleDict(), {name: {} for name in sites}  # type: ignore[var-annotated]
     for r in found:
         if r.cls.SHARES:
-            own = {n: (site_of(n, base), r.options | own_options(r, options)) for n, (base, options) in sites.items()}
+            own = {
+                n: (replace(site_of(n, base), block=(blocks or {}).get(n)), r.options | own_options(r, options))
+                for n, (base, options) in sites.items()
+            }
             for key, (holder, names) in r.cls.share(list(own.values()), blank).items():
                 kinds = sorted({f"{own[n][0].dtype} on {own[n][0].device}" for n in names})
                 if len(kinds) > 1:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.adapter import is_conv1d
-from fastpeft.folder import LIBRARY, CheckpointError, read_folder, write_folder
+from fastpeft.folder import LIBRARY, CheckpointError, read_folder, read_gates, write_folder
 from fastpeft.leave import unload
 from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
 from fastpeft.registry import Method, PeftFormat, Recipe, get_recipe
@@ -51,7 +51,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     config, form = _config(model, record), _peft_format(model, record)
     if form is not None and form.pack is not None:
         config, tensors = form.pack(config, tensors)
-    write_folder(Path(folder), tensors, config, meta)
+    gates = {key: tensors.pop(key) for key in list(tensors) if form and form.gates and key.endswith(f".{form.gates}")}
+    write_folder(Path(folder), tensors, config, meta, gates)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
@@ -84,8 +85,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         if not fresh:
             _check_same(record, methods, settings, options, folder)
         live = _state(model, record)
+        form = _peft_format(model, record)
+        tensors |= read_gates(Path(folder), tensors) if form and form.gates else {}
         tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
-        tensors = _unpacked(_peft_format(model, record), config, tensors, folder)
+        tensors = _unpacked(form, config, tensors, folder)
         check_tensors(live, tensors, folder, _beside_methods(model, record))
         _check_states(model, record, tensors, folder)
     except ValueError:
@@ -245,7 +248,7 @@ def _plan(
             return list(config["methods"]), {k: config.get(k) for k in keys}, dict(config["options"])
         name, settings, options = from_dict(config, model)
         if (own := _method_of(config, meta, name)) != name:  # whose config is made from its options, and need not hold them
-            return [own], settings | {k: meta[k] for k in _PATTERNS if k in meta}, dict(meta.get("options", {}))
+            return [own], settings | {k: meta.get(k) for k in _PATTERNS}, dict(meta.get("options", {}))
         extra = {k: v for k, v in meta.get("options", {}).items() if meta.get("methods") == [name]}
         return [name], settings, extra | {k: v for k, v in options.items() if k in get_recipe(name).options}
     except (ValueError, KeyError, TypeError, AttributeError) as e:

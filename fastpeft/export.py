@@ -1,9 +1,11 @@
-"""export_lora: an adapter as a plain LoRA, wherever one equals it."""
+"""export_lora: an adapter as a plain LoRA, wherever one equals it. export_expert: one of several experts as the LoRA that it is."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from torch import Tensor, nn
 from fastpeft.checkpoint import beside_adapters, file_key, peft_config
 from fastpeft.folder import write_folder
 from fastpeft.leave import refuse_ffns, static_terms
-from fastpeft.record import adaptation
+from fastpeft.record import Adaptation, adaptation
 from fastpeft.registry import get_recipe
+from fastpeft.stack import GATE
 from fastpeft.terms import Bias, Kron, LowRank, kron, plain_factors
 
 
@@ -51,13 +54,56 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             tensors[file_key(site, "lora_B.bias")] = bias
     if biased and len(biased) != len(record.sites):
         raise ValueError("export_lora: only some layers have an adapter bias; PEFT's lora_bias is all or none.")
+    _write(model, record, folder, tensors, ranks, dict(ranks), bool(biased), {})
+
+
+def export_expert(model: nn.Module, folder: str | os.PathLike[str], expert: str) -> None:
+    """Write one expert of a routed method (phatgoose, moa) as the plain PEFT LoRA that it is, at the layers that it has.
+
+    A gate of its own goes beside it, as save_adapter writes it: the folder can be an expert again. Modules of modules_to_save
+    and trained biases are written too. ValueError for an unknown name, or where the model has no experts.
+    """
+    record = adaptation(model, "export_expert")
+    tensors: dict[str, Tensor] = {}
+    gates: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for site in record.sites:
+        for m in model.get_submodule(site).adapter.methods().values():
+            if not m.EXPERTS or len(record.methods) > 1:
+                raise ValueError(f"export_expert: the model was adapted with {'+'.join(record.methods)}, which is not experts alone.")
+            own = m.experts
+            if expert not in own.names:
+                raise ValueError(f"export_expert: no expert is named {expert!r}; there are {', '.join(own.names)}.")
+            z = own.names.index(expert)
+            if not own.ranks[z]:
+                continue
+            (A, B), span, gate = m.stack(), own.span(z), m.gate_of(z)
+            tensors[file_key(site, "lora_A.weight")], tensors[file_key(site, "lora_B.weight")] = A[span].detach(), B[:, span].detach()
+            ranks[site], alphas[site] = own.ranks[z], own.scale * own.ranks[z]
+            if gate is not None:
+                gates[file_key(site, GATE)] = gate.detach()[None]
+    _write(model, record, folder, tensors, ranks, alphas, False, gates)
+
+
+def _write(
+    model: nn.Module,
+    record: Adaptation,
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    lora_bias: bool,
+    gates: Mapping[str, Tensor],
+) -> None:
+    """A LoRA folder of these tensors, with the model's trained modules and biases; ranks, alphas: of each site."""
     rest = {k: v.detach() for k, v in beside_adapters(model, record).items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    pattern = {f"^{re.escape(s)}$": r for s, r in ranks.items() if r != common}
-    plain = {"rank": common, "alpha": common, "dropout": 0.0, "rslora": False, "lora_bias": bool(biased)}
-    config = peft_config(model, record, get_recipe("lora").cls.PEFT, plain)
-    config |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
-    write_folder(Path(folder), tensors | rest, config, {"methods": ["lora"], "options": plain})
+    rank, alpha = (max(set(found.values()), key=list(found.values()).count) for found in (ranks, alphas))
+    plain = {"rank": rank, "alpha": alpha, "dropout": 0.0, "rslora": False, "lora_bias": lora_bias}
+    config = peft_config(model, replace(record, sites=list(ranks)), get_recipe("lora").cls.PEFT, plain)
+    for key, common, found in (("rank_pattern", rank, ranks), ("alpha_pattern", alpha, alphas)):
+        config[key] = {f"^{re.escape(s)}$": value for s, value in found.items() if value != common}
+    write_folder(Path(folder), {**tensors, **rest}, config, {"methods": ["lora"], "options": plain}, gates)
 
 
 def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:

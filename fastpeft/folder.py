@@ -2,44 +2,60 @@
 
 Both files are written beside the old ones and synced, then the weights are renamed, then the config. The weights carry their
 config in the header, so an interruption between the two renames is seen and completed by the reader.
+
+Gates that belong to the weights, and that other libraries do not know, stand in adapter_gates.safetensors, renamed last. Their
+header holds a digest of the weights' tensors: gates of other weights are refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, GATES = "adapter_config.json", "adapter_model.safetensors", "adapter_gates.safetensors"
 LIBRARY = "fastpeft"
+_DIGEST = "weights_sha256"
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not belong to the model. The model is as it was."""
 
 
-def write_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Both files, or neither; meta: fastpeft's own notes. OSError leaves the folder with the checkpoint it held before."""
+def write_folder(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    gates: Mapping[str, Tensor] | None = None,
+) -> None:
+    """All files, or none; meta: fastpeft's own notes. OSError leaves the folder with the checkpoint it held before."""
     from safetensors.torch import save
 
     text = json.dumps(config, indent=2) + "\n"
     header = {"format": "pt", LIBRARY: json.dumps(dict(meta)), "adapter_config": text}
-    data = save({k: t.detach().cpu().clone().contiguous() for k, t in tensors.items()}, header)
+    plain, own = ({k: t.detach().cpu().clone().contiguous() for k, t in ts.items()} for ts in (tensors, gates or {}))
+    data = {CONFIG: text.encode()}
+    if own:
+        data[GATES] = save(own, {"format": "pt", _DIGEST: digest(plain)})
+    data[WEIGHTS] = save(plain, header)
     folder.mkdir(parents=True, exist_ok=True)
     _finish_interrupted(folder)
-    pending = {WEIGHTS: pending_path(folder, WEIGHTS), CONFIG: pending_path(folder, CONFIG)}
+    pending = {name: pending_path(folder, name) for name in data}
     try:
-        sync_write(pending[CONFIG], text.encode())
-        sync_write(pending[WEIGHTS], data)
+        for name, content in data.items():
+            sync_write(pending[name], content)
     except BaseException:
         for path in pending.values():
             path.unlink(missing_ok=True)
         raise
-    for name in (WEIGHTS, CONFIG):  # the weights' rename is the moment at which the new checkpoint exists
+    for name in (WEIGHTS, CONFIG, *([GATES] if own else [])):  # the weights' rename is the moment at which the new checkpoint exists
         os.replace(pending[name], folder / name)
     _sync_names(folder)
 
@@ -67,15 +83,53 @@ def _sync_names(folder: Path) -> None:
 
 
 def _finish_interrupted(folder: Path) -> None:
-    """Complete a save that stopped between its two renames; its pending config is the only copy beside the header."""
-    pending, weights = pending_path(folder, CONFIG), folder / WEIGHTS
-    if pending.is_file() and weights.is_file():
+    """Complete a save that stopped between its renames; its pending config is the only copy beside the header."""
+    pending, gates, weights = pending_path(folder, CONFIG), pending_path(folder, GATES), folder / WEIGHTS
+    if (pending.is_file() or gates.is_file()) and weights.is_file():
         try:
-            header, _ = open_weights(weights)
+            header, tensors = open_weights(weights)
         except CheckpointError:
             return
-        if header.get("adapter_config") == pending.read_text(errors="replace"):
+        if pending.is_file() and header.get("adapter_config") == pending.read_text(errors="replace"):
             os.replace(pending, folder / CONFIG)
+        if _gates_of(gates, digest(tensors)) is not None:
+            os.replace(gates, folder / GATES)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of these tensors: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        t = tensors[key].detach().cpu().contiguous()
+        found.update(f"{key} {t.dtype} {tuple(t.shape)}\n".encode())
+        found.update(t.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def read_gates(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The gates that were saved with these weights; {} where the folder has none. CheckpointError for those of other weights."""
+    if not (folder / GATES).is_file() and not pending_path(folder, GATES).is_file():
+        return {}
+    own = digest(tensors)
+    for path in (folder / GATES, pending_path(folder, GATES)):  # the latter of a save that stopped between its renames
+        found = _gates_of(path, own)
+        if found is not None:
+            return found
+    if not (folder / GATES).is_file():
+        return {}
+    header, _ = open_weights(folder / GATES)
+    raise CheckpointError(
+        f"load_adapter: {folder / GATES} was trained for other weights (SHA-256 {header.get(_DIGEST, 'missing')[:12]}...) than "
+        f"those of {WEIGHTS} ({own[:12]}...); put the two files of one save together, or train the gates again."
+    )
+
+
+def _gates_of(path: Path, own: str) -> dict[str, Tensor] | None:
+    """The tensors of a file of gates, if it is there and belongs to weights of this digest."""
+    if not path.is_file():
+        return None
+    header, tensors = open_weights(path)
+    return tensors if header.get(_DIGEST) == own else None
 
 
 def pending_path(folder: Path, name: str) -> Path:

@@ -25,12 +25,14 @@ from fastpeft.terms import Term
 class Site:
     """Where a method is built: the layer's name and its base (shapes, norms, products; not the raw weight).
 
-    dtype is the dtype that the method's parameters should have.
+    dtype is the dtype that the method's parameters should have.   block: the fastpeft.blocks.Block around it, for `share` of a
+    ROUTED method; None elsewhere.
     """
 
     name: str
     base: Any
     dtype: torch.dtype
+    block: Any = None
 
     @property
     def out_features(self) -> int:
@@ -64,6 +66,7 @@ class PeftFormat:
     silent: config fields that this class holds and that do not change what the layer computes.
     unpack(config, tensors of the file) -> tensors as `keys` names them, where PEFT writes others; ValueError if they disagree.
     pack(config, tensors) -> both as they are to be written.
+    gates: the file key of what PEFT does not know, which goes into the folder's file of gates; "" where there is none.
     """
 
     peft_type: str
@@ -76,6 +79,7 @@ class PeftFormat:
     silent: frozenset[str] = frozenset()
     unpack: Callable[[Mapping[str, Any], Mapping[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
     pack: Callable[[dict[str, Any], dict[str, torch.Tensor]], tuple[dict[str, Any], dict[str, torch.Tensor]]] | None = None
+    gates: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,13 @@ class Holder(nn.Module):
     """Parameters that several sites share; ROLES as a Method's.
 
     per_forward: whether open() stands before each forward of the adapted root and close() after it, also after an error.
+    in_layers: whether the layers read them, so that each has several gradients to be added up.
     enabled: false while the adapters are off.
     """
 
     ROLES: ClassVar[Mapping[str, str]] = {}
     per_forward: bool = False
+    in_layers: bool = True
     enabled: bool = True
     _reduced: bool = False
 
@@ -141,6 +147,9 @@ class Method(nn.Module):
     TRAINS_ALL: every parameter of the model goes on training, adapted or not.   writes_base: the procedure writes the layer's weight.
     SHARES: parameters that several sites use live in holders, which `share` makes; __init__ takes (site, holder or None).
     BEGIN: options that only say where its values begin; a checkpoint of another beginning loads.
+    EXPERTS: it takes trained LoRAs (adapt's experts=...). Its option `experts` is a number of fresh ones or the site's
+        fastpeft.stack.Experts, whose values `take` gets; its attribute `experts` is an Experts, `stack` and `gate_of` give values back.
+    ROUTED: a router per transformer block, which `share` makes (fastpeft.routing.Router); a layer must lie in a block.
     overlay: the fastpeft.overlay.Overlay of a method that keeps W changed between forwards.
     """
 
@@ -151,6 +160,8 @@ class Method(nn.Module):
     PROCEDURE: ClassVar[str] = ""
     SHARES: ClassVar[bool] = False
     BEGIN: ClassVar[frozenset[str]] = frozenset()
+    EXPERTS: ClassVar[bool] = False
+    ROUTED: ClassVar[bool] = False
     TRAINS_ALL: ClassVar[bool] = False
     writes_base: bool = False
     attached: bool = False
@@ -210,6 +221,22 @@ class Method(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"attached": False}  # no procedure watches a copy
+
+    def take(self, A: torch.Tensor, B: torch.Tensor, gates: Sequence[torch.Tensor | None]) -> None:
+        """Values of trained experts at this site: A [R, in] and B [out, R] of the stack, in the site's dtype.
+
+        gates: of every expert of the model, the vector [in] that its folder has for this site, or None. ValueError where
+        something is missing; the model is then as it was.
+        """
+        raise NotImplementedError
+
+    def stack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [R, in], B [out, R]) of all experts, for EXPERTS only."""
+        return self.A, self.B  # type: ignore[return-value]
+
+    def gate_of(self, z: int) -> torch.Tensor | None:
+        """The gate [in] of expert number z at this site, which stands beside its folder; None where the method has none."""
+        return None
 
     def residual(self) -> torch.Tensor | None:
         """On an ffn site: the factor [1] with which x itself is added; None adds none."""

@@ -8,12 +8,14 @@ unload restores the model bit for bit.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from fastpeft import routing
 from fastpeft.adapter import (
     Adapter,
     Build,
@@ -25,8 +27,11 @@ from fastpeft.adapter import (
     own_base,
     recipes,
     shared_holders,
+    site_of,
 )
 from fastpeft.beside import FFNAdapter, attach
+from fastpeft.blocks import Block, blocks_of
+from fastpeft.experts import Expert, absences, experts_by_site, layout, read_experts, stacked
 from fastpeft.ffn import FFN, find_ffns
 from fastpeft.packed import is_packed
 from fastpeft.record import CONTAINERS, RECORD, SHARED, Adaptation, opened
@@ -66,6 +71,7 @@ def adapt(
     bias: str | None = None,
     quantize: str | None = None,
     keep_base: bool = True,
+    experts: Any = None,
     **options: Any,
 ) -> Report:
     """Give the model's linear layers or FFNs adapters, in place; freeze everything else.
@@ -80,6 +86,8 @@ def adapt(
     quantize: "nf4" (also "nf2", "nf3", ...) or "int8": the base of each adapted layer is quantised and computes dequantised.
     keep_base: False lets go of the weights that `quantize` or a start (loftq, ...) replaced, and keeps no copy (on the CPU) of the
         parameters that galore, lisa or delta_lora in place train; unload and adapters_off then raise.
+    experts: for moa and phatgoose: folders of trained LoRAs (a list, or name -> folder), which then say which layers are adapted;
+        or a number of fresh experts. See fastpeft.experts.
     options: the method's own; fastpeft.methods() lists them.
     Returns a Report: the route of each layer, parameter counts.
     Raises ValueError / TypeError, leaving the model as it was, on unknown methods, options or targets, on values that do
@@ -100,9 +108,31 @@ def adapt(
         for key, value in asked.items():
             if value is not None:
                 raise ValueError(f"adapt: {key} was given beside a peft config, which holds it; set it in the config.")
-        return build_and_attach(model, name, **settings, quantize=quantize, keep_base=keep_base, **(own | options))
+        asked, method, options = settings, name, own | options
     names = list(method) if not isinstance(method, str) else method
-    return build_and_attach(model, names, **asked, quantize=quantize, keep_base=keep_base, **options)
+    trained: list[Expert] = []
+    if experts is not None:
+        plan, trained = _trained(model, names, experts, asked | options)
+        options["experts"] = plan
+    if trained:
+        asked["target_modules"] = f"^(?:{'|'.join(map(re.escape, experts_by_site(plan)))})$"
+    return build_and_attach(model, names, **asked, quantize=quantize, keep_base=keep_base, trained=trained, **options)
+
+
+def _trained(model: nn.Module, names: str | list[str], experts: Any, asked: Mapping[str, Any]) -> tuple[Any, list[Expert]]:
+    """What the option `experts` is to be, a number or a layout, and the experts read from folders, if any."""
+    recipes(names, {"experts": experts})  # which says so where no method takes experts
+    if isinstance(experts, int):
+        return experts, []
+    beside = ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "rank", "alpha"]
+    given = [key for key in beside if asked.get(key) is not None]
+    if given:
+        raise ValueError(f"adapt: {', '.join(given)} beside experts={experts!r}, whose folders say which layers, ranks and scales; leave it out.")
+    if asked.get("stage") == "gate" and (asked.get("modules_to_save") or asked.get("bias") not in (None, "none")):
+        raise ValueError("adapt: stage='gate' trains gates only, and the folder becomes an expert's; leave out modules_to_save and bias.")
+    _refuse_second(model)
+    found = read_experts(model, experts)
+    return layout(model, found), found
 
 
 def build_and_attach(
@@ -118,9 +148,13 @@ def build_and_attach(
     quantize: str | None = None,
     keep_base: bool = True,
     blank: bool = False,
+    trained: Sequence[Expert] = (),
     **options: Any,
 ) -> Report:
-    """adapt for a method by name. blank: load_adapter's: a checkpoint's values follow, so starts need not look at weights."""
+    """adapt for a method by name. blank: load_adapter's: a checkpoint's values follow, so starts need not look at weights.
+
+    trained: the experts whose layout is options["experts"].
+    """
     bias = "none" if bias is None else bias
     if bias not in _BIAS:
         raise ValueError(f"adapt: bias={bias!r}; it must be one of {', '.join(_BIAS)}.")
@@ -135,6 +169,7 @@ def build_and_attach(
     targets = "all-linear" if target_modules is None else target_modules
     ffns, ffn_adapters = _ffn_adapters(model, targets, exclude_modules, saved, on_ffn, options, report)
     modules = _sites(model, targets, exclude_modules, saved, report, ffns) if on_linear else {}
+    blocks = _blocks(model, modules, found, options, report, is_all(targets))
     if not on_linear and bias == "lora_only":
         raise ValueError(f"adapt: bias='lora_only' means adapted linear layers, and {', '.join(record.methods)} has none.")
     for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
@@ -143,6 +178,10 @@ def build_and_attach(
     layers = [n for n, m in model.named_modules() if is_linear_layer(m)] if on_linear else []
     _notes(model, targets, saved, report, [*layers, *ffns])
 
+    plan = options.get("experts")
+    at = experts_by_site(plan) if isinstance(plan, Mapping) else {}
+    if at and set(at) != set(modules):
+        raise ValueError(f"adapt: the experts' layers are not those that are adapted; only one has {sorted(set(at) ^ set(modules))[:6]}.")
     sites: dict[str, tuple[Any, dict[str, Any]]] = {}
     for name, module in modules.items():
         own = options | {
@@ -150,10 +189,16 @@ def build_and_attach(
             for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern))
             if by_pattern(name, pattern, None) is not None
         }
+        if at:
+            own["experts"] = at[name]
         sites[name] = (own_base(module), own)
-    holders, by_site = shared_holders(on_linear, sites, blank)
+    holders, by_site = shared_holders(on_linear, sites, blank, blocks)
     build = Build(on_linear, quantize, blank)
     adapters = {name: build_adapter(name, base, build, own, by_site[name]) for name, (base, own) in sites.items()}
+    for name, adapter in adapters.items() if trained else ():
+        for m in adapter.methods().values():
+            if m.EXPERTS:
+                m.take(*stacked(trained, name, at[name], site_of(name, sites[name][0])))
     replaced = [name for name, a in adapters.items() if "base" in a._modules]
     trained = own_parameters(model, found, adapters, saved)
     if not keep_base and not replaced and not trained:
@@ -186,12 +231,37 @@ def build_and_attach(
     for key, holder in holders.items():
         users = sum(holder in used.values() for used in by_site.values())
         report.shared[f"{record.shared_at}.{SHARED}.{key}".lstrip(".")] = (users, sum(p.numel() for p in holder.parameters() if p.requires_grad))
-    if report.shared:
+    if any(h.in_layers for h in holders.values()):
         report.notes.append(_REENTRANT)
     if trained:
         kept = "kept on the CPU, for unload" if keep_base else "not kept"
         report.notes.append(f"{len(trained)} of the model's own parameters train; what they were is {kept}.")
+    if at:
+        report.notes += absences(plan)
+        if not any(p.requires_grad for p in model.parameters()):
+            report.notes.append("nothing trains: the experts and what chooses among them are frozen; training mode computes as evaluation does.")
     return report.count(model)
+
+
+def _blocks(
+    model: nn.Module, modules: dict[str, nn.Module], found: list[Recipe], options: Mapping[str, Any], report: Report, every: bool
+) -> dict[str, Block]:
+    """The block of each layer, if some recipe routes by block. Layers in none go out of `modules` and into the report.
+
+    every: whether they were asked for as all; ValueError by name for others, and where none is left.
+    """
+    if not any(r.cls.ROUTED for r in found):
+        return {}
+    routing.refuse(model)
+    blocks, alone = blocks_of(model, modules, options.get("blocks"))
+    if alone and (not every or not blocks):
+        raise ValueError(
+            f"adapt: {', '.join(alone[:6])}{' ...' if len(alone) > 6 else ''} lie in no block, whose router would choose their experts; leave "
+            "them out, or name modules around them in blocks=."
+        )
+    for name in alone:
+        report.layers[name] = Route((), str(tuple(getattr(modules.pop(name), "weight", torch.empty(0)).shape)), 0, "it lies in no block")
+    return blocks
 
 
 def _shape(module: Any, base: Any) -> str:
@@ -320,8 +390,9 @@ def _attach(
     if holders:
         record.shared_at = next(iter(adapters)) if isinstance(model, CONTAINERS) else ""
         model.get_submodule(record.shared_at).add_module(SHARED, holders.train(model.training))
+    record.shared_hooks += routing.attach(model, holders)
     if any(h.per_forward for h in holders.values()):
-        record.shared_hooks = [
+        record.shared_hooks += [
             model.register_forward_pre_hook(_open_shared, prepend=True),
             model.register_forward_hook(_close_shared, always_call=True),
         ]

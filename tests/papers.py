@@ -93,6 +93,44 @@ def hydralora(x, W, b, A, heads, G, s, mask=None):
     return y
 
 
+def phatgoose_gate(x, W, b, A, B, v, s, mask=None):
+    """arXiv 2402.05859, the training of a gate: what the LoRA reads is multiplied by the sigmoid of x . v."""
+    g = 1 / (1 + torch.exp(-(x * v).sum(-1, keepdim=True)))
+    return linear(x, W, b) + s * linear(linear(masked(g * x, mask), A), B)
+
+
+def standardise(t, eps=1e-5):
+    """The entries of a vector less their mean, over their standard deviation."""
+    centred = t - t.mean()
+    return centred / (centred.square().mean() + eps).sqrt()
+
+
+def phatgoose_weights(x, gates, k):
+    """Weights of every expert for one token x [in]: softmax over the k highest standardised dot products, 0 elsewhere."""
+    scores = [standardise(x) @ standardise(v) / len(x) ** 0.5 for v in gates]
+    chosen = sorted(range(len(gates)), key=lambda z: -scores[z].item())[:k]
+    total = sum(torch.exp(scores[z]) for z in chosen)
+    return [torch.exp(scores[z]) / total if z in chosen else x.new_zeros(()) for z in range(len(gates))]
+
+
+def phatgoose_code_weights(x, gates, k):
+    """The same as the authors' code has it: softmax over all experts, the k highest of them, over their sum + 1e-6."""
+    w = torch.stack([standardise(x) @ standardise(v) for v in gates]).div(len(x) ** 0.5).softmax(0)
+    kept = torch.where(w >= w.sort(descending=True).values[k - 1], w, 0.0)
+    return kept / (kept.sum() + 1e-6)
+
+
+def phatgoose(x, W, b, experts, gates, k, weights=phatgoose_weights):
+    """arXiv 2402.05859, inference, token by token; experts: (A, B, s), gates: v [in]."""
+    tokens = []
+    for t in x.reshape(-1, x.shape[-1]):
+        y = linear(t, W, b)
+        for w, (A, B, s) in zip(weights(t, gates, k), experts, strict=True):
+            y = y + w * s * (B @ (A @ t))
+        tokens.append(y)
+    return torch.stack(tokens).reshape(*x.shape[:-1], W.shape[0])
+
+
 def lokr(x, W, b, f, s):
     """arXiv 2309.14859, section 3: W + s w1 (x) w2, each half full or a product; f: the factors by name."""
     w1, w2 = (f[n] if n in f else f[f"{n}_a"] @ f[f"{n}_b"] for n in ("w1", "w2"))

@@ -105,6 +105,7 @@ def test_usage_errors_exit_with_2(capsys, arguments):
         (["--label-column", "kind"], "no column 'kind'"),
         (["--method", "nope"], "method 'nope' does not exist"),
         (["--method", "olora"], "o_lora"),
+        (["--method", "moa"], "its routers learn from the domain of each text"),
         (["--option", "colour=red"], "option 'colour' does not exist"),
         (["--option", "=3"], "NAME=VALUE"),
         (["--rank", "0"], "rank=0"),

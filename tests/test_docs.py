@@ -18,6 +18,7 @@ DOCS = [
     "docs/DESIGN.md",
     "docs/KERNELS.md",
     "bench/README.md",
+    "bench/BEHAVIOUR.md",
     "bench/GPU_QUEUE.md",
 ]
 COLUMNS = ["Triton", "CUDA/C++", "torch", "interpreter", "compile gate", "measured on a GPU"]

@@ -58,7 +58,8 @@ def test_the_reader_sees_imports():
 @pytest.mark.parametrize("path", files(PACKAGE / "method"), ids=lambda p: p.name)
 def test_methods_see_only_the_registry_terms_and_supports(path):
     allowed = ("torch", "fastpeft.registry", "fastpeft.terms", "fastpeft.support", "fastpeft.overlay", "fastpeft.method",
-               "fastpeft.start", "fastpeft.fold", "fastpeft.groups", "fastpeft.shared")  # fmt: skip
+               "fastpeft.start", "fastpeft.fold", "fastpeft.groups", "fastpeft.shared", "fastpeft.stack",
+               "fastpeft.routing")  # fmt: skip
     assert not [n for n in imports(path) if not within(n, allowed)]
 
 

@@ -126,7 +126,7 @@ def signed(body: bytes) -> bytes:
         (lambda b: b + b"x", "truncated or damaged"),
         (lambda b: b[:-300] + bytes([b[-300] ^ 1]) + b[-299:], "truncated or damaged"),
         (lambda b: b"", "no state that this version"),
-        (lambda b: b.replace(b"run 1", b"run 9", 1), "no state that this version"),
+        (lambda b: b.replace(b"run 2", b"run 1", 1), "no state that this version"),
         (lambda b: b"\x80\x02garbage", "no state that this version"),
         (lambda b: signed(b"\x80\x02garbage"), "cannot be continued"),
         (lambda b: signed(pickle.dumps(Runs())), "cannot be continued"),

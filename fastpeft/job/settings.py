@@ -137,6 +137,11 @@ class Settings:
             check_options([self.method], self.options)
         except ValueError as e:
             raise JobError(str(e)) from None
+        if get_recipe(self.method).cls.ROUTED:
+            raise JobError(
+                f"finetune: --method {self.method}: its routers learn from the domain of each text, which no column gives here; train it in "
+                "Python, with model(..., domain=...) and fastpeft.train.MoARouting."
+            )
         own = get_recipe(self.method).cls.PROCEDURE
         build_procedures([*([own] if own else []), *self.procedures], self.procedure_options)
 

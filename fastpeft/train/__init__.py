@@ -21,6 +21,7 @@ from fastpeft.train.lisa import LISASchedule
 from fastpeft.train.lora_fa import HFAdamW, LoRAFAPreconditioner
 from fastpeft.train.lora_plus import LoRAPlus
 from fastpeft.train.masks import load_masks, save_masks
+from fastpeft.train.moa import MoARouting
 from fastpeft.train.o_lora import OLoRAPenalty, next_task
 from fastpeft.train.optimizer import build_optimizer
 from fastpeft.train.periodic_lora import PeriodicLoRASchedule
@@ -46,6 +47,7 @@ __all__ = [
     "LISASchedule",
     "LoRAFAPreconditioner",
     "LoRAPlus",
+    "MoARouting",
     "OLoRAPenalty",
     "PeriodicLoRASchedule",
     "Procedure",

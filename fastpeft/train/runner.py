@@ -15,14 +15,14 @@ scaler skipped; those the loop says, with step_end() and epoch_end().
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fastpeft.outputs import tensors
 from fastpeft.train.protocol import Batch, Context, Procedure
 
 
@@ -191,7 +191,7 @@ class Runner:
         for name, penalty in extra:
             if penalty is not None:
                 _add_to_loss(output, penalty * share, name)
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._backward_began)
         return output
@@ -246,19 +246,3 @@ def _add_to_loss(output: Any, penalty: Tensor, name: str) -> None:
         output["loss"] = loss + penalty
     else:
         output.loss = loss + penalty
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)
-    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for f in dataclasses.fields(output):
-            yield from _tensors(getattr(output, f.name))
-    elif isinstance(loss := getattr(output, "loss", None), Tensor):
-        yield loss
