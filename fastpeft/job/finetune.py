@@ -13,6 +13,7 @@ from fastpeft.job import identity, measure, memory
 from fastpeft.job.arms import FASTPEFT, Arm, arm_names, build_arms
 from fastpeft.job.data import encode, load_texts
 from fastpeft.job.errors import JobError
+from fastpeft.job.kinds import with_heads
 from fastpeft.job.loop import Trainee, train, trainee
 from fastpeft.job.models import check_length, find_model, load_tokenizer
 from fastpeft.job.outcome import ArmResult, Outcome
@@ -60,6 +61,7 @@ def finetune(settings: Settings, *, resume: bool = False, restart: bool = False)
 def _prepare(settings: Settings, run: Run) -> Job:
     source = find_model(settings)
     texts, validation = hold_out(load_texts(settings), settings)
+    settings = with_heads(settings, texts.train)
     tokenizer = load_tokenizer(source)
     data = encode(texts.train, texts.train_labels, tokenizer, settings)
     held = encode(texts.evaluation, texts.evaluation_labels, tokenizer, settings)

@@ -17,6 +17,7 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--rank", type=int)
     how.add_argument("--alpha", type=float)
     how.add_argument("--dropout", type=float)
+    how.add_argument("--heads", metavar="N|auto", help="of hydralora; auto: as many as the training texts have kinds (finetune only)")
     how.add_argument(
         "--option",
         action="append",
@@ -27,9 +28,11 @@ def add_method(parser: argparse.ArgumentParser) -> None:
 
 
 def method_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """--rank, --alpha, --dropout and every --option; values are Python literals, true, false or null, else text. JobError for one
+    """--rank, --alpha, --dropout, --heads and every --option; values are Python literals, true, false or null, else text. JobError for one
     given twice."""
     given = [(name, getattr(arguments, name)) for name in ("rank", "alpha", "dropout")]
+    if arguments.heads is not None:
+        given.append(("heads", _value(arguments.heads)))
     return named_options(arguments.verb, "option", arguments.option, [(n, v) for n, v in given if v is not None])
 
 
