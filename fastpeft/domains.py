@@ -121,7 +121,7 @@ def add_expert(
     unload(model)
     report = build_and_attach(
         model, "moa", target_modules=_exactly(sites), exclude_modules=None, modules_to_save=None, rank_pattern=None,
-        alpha_pattern=None, bias="none", quantize=quantize, trained=[*old, new], **options,
+        alpha_pattern=None, bias="none", quantize=quantize, given=[*old, new], **options,
     )  # fmt: skip
     again = routing_of(model, "add_expert")
     again.fixed = fixed

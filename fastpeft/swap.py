@@ -116,7 +116,7 @@ def adapt(
         options["experts"] = plan
     if trained:
         asked["target_modules"] = f"^(?:{'|'.join(map(re.escape, experts_by_site(plan)))})$"
-    return build_and_attach(model, names, **asked, quantize=quantize, keep_base=keep_base, trained=trained, **options)
+    return build_and_attach(model, names, **asked, quantize=quantize, keep_base=keep_base, given=trained, **options)
 
 
 def _trained(model: nn.Module, names: str | list[str], experts: Any, asked: Mapping[str, Any]) -> tuple[Any, list[Expert]]:
@@ -148,12 +148,12 @@ def build_and_attach(
     quantize: str | None = None,
     keep_base: bool = True,
     blank: bool = False,
-    trained: Sequence[Expert] = (),
+    given: Sequence[Expert] = (),
     **options: Any,
 ) -> Report:
     """adapt for a method by name. blank: load_adapter's: a checkpoint's values follow, so starts need not look at weights.
 
-    trained: the experts whose layout is options["experts"].
+    given: the trained experts whose layout is options["experts"].
     """
     bias = "none" if bias is None else bias
     if bias not in _BIAS:
@@ -195,10 +195,10 @@ def build_and_attach(
     holders, by_site = shared_holders(on_linear, sites, blank, blocks)
     build = Build(on_linear, quantize, blank)
     adapters = {name: build_adapter(name, base, build, own, by_site[name]) for name, (base, own) in sites.items()}
-    for name, adapter in adapters.items() if trained else ():
+    for name, adapter in adapters.items() if given else ():
         for m in adapter.methods().values():
             if m.EXPERTS:
-                m.take(*stacked(trained, name, at[name], site_of(name, sites[name][0])))
+                m.take(*stacked(given, name, at[name], site_of(name, sites[name][0])))
     replaced = [name for name, a in adapters.items() if "base" in a._modules]
     trained = own_parameters(model, found, adapters, saved)
     if not keep_base and not replaced and not trained:
