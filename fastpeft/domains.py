@@ -18,7 +18,8 @@ from fastpeft.leave import unload
 from fastpeft.record import Adaptation, adaptation
 from fastpeft.registry import check_finite, check_int
 from fastpeft.report import Report
-from fastpeft.routing import Routing, routing_of
+from fastpeft.routing import Routing
+from fastpeft.routing_hooks import routing_of
 from fastpeft.swap import build_and_attach
 
 

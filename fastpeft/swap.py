@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastpeft import routing
+from fastpeft import routing_hooks
 from fastpeft.adapter import (
     Adapter,
     Build,
@@ -252,7 +252,7 @@ def _blocks(
     """
     if not any(r.cls.ROUTED for r in found):
         return {}
-    routing.refuse(model)
+    routing_hooks.refuse(model)
     blocks, alone = blocks_of(model, modules, options.get("blocks"))
     if alone and (not every or not blocks):
         raise ValueError(
@@ -390,7 +390,7 @@ def _attach(
     if holders:
         record.shared_at = next(iter(adapters)) if isinstance(model, CONTAINERS) else ""
         model.get_submodule(record.shared_at).add_module(SHARED, holders.train(model.training))
-    record.shared_hooks += routing.attach(model, holders)
+    record.shared_hooks += routing_hooks.attach(model, holders)
     if any(h.per_forward for h in holders.values()):
         record.shared_hooks += [
             model.register_forward_pre_hook(_open_shared, prepend=True),

@@ -15,7 +15,7 @@ from torch import nn
 
 import fastpeft
 from fastpeft import domains, train
-from fastpeft.routing import routing_of
+from fastpeft.routing_hooks import routing_of
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

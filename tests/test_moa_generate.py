@@ -11,7 +11,7 @@ from mixtures import EXPERTS, folders, mixture, single
 
 import fastpeft
 from fastpeft import domains
-from fastpeft.routing import routing_of
+from fastpeft.routing_hooks import routing_of
 
 pytest.importorskip("transformers")
 NAMES = list(EXPERTS)

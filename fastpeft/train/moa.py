@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from fastpeft.method.moa import MoA
 from fastpeft.registry import check_finite
-from fastpeft.routing import Routing, routing_of
+from fastpeft.routing import Routing
+from fastpeft.routing_hooks import routing_of
 from fastpeft.train.layers import inner, take_charge
 from fastpeft.train.protocol import Context, Procedure
 
