@@ -37,8 +37,8 @@ SEEN, SEEN_SEEDS = 0.2, (0,)
 PANELS = {
     "MAP": "map",
     "temperature scaling": "temperature",
+    "all layers, validation, MC": "all validation mc",
     "all layers, evidence, MC": "all evidence mc",
-    "last layer, evidence, MC": "last evidence mc",
 }
 
 
