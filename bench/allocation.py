@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import json
 import statistics
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import fastpeft
-from bench.machine import RESULTS, emit
+from bench.machine import RESULTS, emit, read_rows
 from bench.recipes import Bench
 from fastpeft import train as procedures
 from fastpeft.job.arms import FASTPEFT
@@ -145,8 +144,7 @@ def job(bench: Bench, seed: int) -> list[dict[str, Any]]:
 
 
 def read(kind: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
-    return [r for r in rows if r["kind"] == kind]
+    return [r for r in read_rows(FILE) if r["kind"] == kind]
 
 
 def ends(row: dict[str, Any]) -> tuple[dict[str, float], dict[str, float]]:

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import random
 import statistics
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.machine import RESULTS, emit
+from bench.machine import RESULTS, emit, read_rows
 from bench.recipes import Bench
 from fastpeft.job.arms import FASTPEFT
 from fastpeft.job.data import Examples
@@ -126,13 +125,13 @@ def runs(base: Settings, titles: list[str], seeds: list[int], search: bool) -> N
         for title in titles:
             for lr in ARMS[title][2] if search else [best_rate(title)]:
                 row = {"bench": "bilevel", "kind": "search" if search else "run", "arm": title, "lr": lr, "seed": seed}
-                if _key(row) not in done:
+                if base.quick or _key(row) not in done:
                     found = run(bench, title, lr, seed, due)
                     emit(row | found | {"quick": base.quick}, None if base.quick else FILE)
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    return read_rows(FILE)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -11,7 +11,6 @@ then the plot and a table. A seed draws the examples, the start and the order.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.machine import RESULTS, emit
+from bench.machine import RESULTS, emit, read_rows
 from fastpeft import laplace
 from fastpeft.job.arms import FASTPEFT, build_arms
 from fastpeft.job.data import Examples, encode, load_texts
@@ -139,7 +138,7 @@ def temperature(p: Tensor, y: Tensor) -> float:
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    return read_rows(FILE)
 
 
 def _key(row: dict[str, Any]) -> tuple[int, ...]:

@@ -11,11 +11,10 @@ is not among the seeds that are reported; the lambda1 of the highest average acc
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import replace
 from typing import Any
 
-from bench.machine import RESULTS, emit
+from bench.machine import RESULTS, emit, read_rows
 from fastpeft.job.sequence import HEADS, INCREMENTAL, O_LORA, ONE, Job, Plan, Result, learn, prepare
 from fastpeft.job.sequence_report import by_arm, draw, mean_matrix, table
 from fastpeft.job.settings import Settings
@@ -64,7 +63,7 @@ def run(job: Job, name: str, seed: int) -> None:
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    return read_rows(FILE)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -125,7 +124,7 @@ def main() -> None:
             for name in args.arms:
                 run(job, name, seed)
     arms = {} if lambda1 is None else results(read(), lambda1)
-    if arms:
+    if arms and not args.quick:
         draw(arms, [" / ".join(classes) for classes in BUILTIN], FILE.with_suffix(".png"))
         print(markdown(arms))
 

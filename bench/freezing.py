@@ -13,14 +13,13 @@ bench/results/freezing.jsonl; a run that the file holds is not made again.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 
-from bench.machine import RESULTS, emit
+from bench.machine import RESULTS, emit, read_rows
 from bench.recipes import Bench
 from fastpeft.job.arms import FASTPEFT
 from fastpeft.job.history import History
@@ -81,14 +80,16 @@ def equal_rank(bench: Bench) -> int:
     """The rank at which the vectors alone have as many numbers as AFLoRA trained on average: d has one per rank and layer."""
     rows = [r for r in read() if r["title"] == ADAPTIVE and r["epochs"] == bench.base.epochs]
     if not rows:
-        return 8  # --quick keeps no rows; any rank shows that it runs
+        if bench.base.quick:
+            return 8  # it keeps no rows; any rank shows that it runs
+        raise SystemExit(f"bench.freezing: {FILE} holds no run of {ADAPTIVE} to take the rank from; run that arm first.")
     arm = bench.arm(FASTPEFT, bench.settings("aflora", {"rank": RANK}, None), 0)
     layers = [m for _, m in matrices(arm.model)]
     return round((statistics.fmean(r["numbers"]["mean"] for r in rows) - sum(m.db.numel() for m in layers)) / len(layers))
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    return read_rows(FILE)
 
 
 def best_rate(title: str) -> float:
@@ -106,7 +107,7 @@ def train_all(bench: Bench, seeds: list[int], arms: list[str]) -> None:
                 held = [r["options"]["rank"] for r in read() if r["title"] == EQUAL]
                 rank = held[0] if held else equal_rank(bench)
             for lr in RATES if k == 0 or bench.base.quick else [best_rate(title)]:
-                if (title, lr, seed) not in {(r["title"], r["lr"], r["seed"]) for r in read()}:
+                if bench.base.quick or (title, lr, seed) not in {(r["title"], r["lr"], r["seed"]) for r in read()}:
                     run(bench, title, rank, lr, seed)
 
 

@@ -73,5 +73,10 @@ def emit(row: dict[str, Any], save: Path | None = None) -> None:
             file.write(line + "\n")
 
 
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows that a file of `emit` holds; none where there is no file."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

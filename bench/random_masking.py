@@ -8,14 +8,13 @@ finer than their accuracy; it is a maximum over five runs, so the accuracies are
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.machine import RESULTS, emit
+from bench.machine import RESULTS, emit, read_rows
 from fastpeft.job.arms import FASTPEFT, FROZEN, build_arms
 from fastpeft.job.data import encode, load_texts
 from fastpeft.job.loop import train, trainee
@@ -61,7 +60,7 @@ def runs(
 
 
 def read() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in FILE.read_text().splitlines()] if FILE.exists() else []
+    return read_rows(FILE)
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -32,7 +32,7 @@ def blocks_of(model: nn.Module, layers: Iterable[str], wanted: Targets | None = 
     layers = list(layers)
     if wanted is None:
         lists = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-        names = {n for n, _ in model.named_modules() if n.rpartition(".")[0] in lists and not _inside(n.rpartition(".")[0], lists)}
+        names = {n for n, _ in model.named_modules() if n.rpartition(".")[0] in lists}
         if not any(_around(layer, names) for layer in layers):
             names = {""}
     else:
@@ -59,10 +59,6 @@ def _around(layer: str, names: set[str]) -> list[str]:
     """Those of `names` that are modules around the layer (or the layer itself), the outermost first."""
     parts = layer.split(".")
     return [n for n in ("", *(".".join(parts[:k]) for k in range(1, len(parts) + 1))) if n in names]
-
-
-def _inside(name: str, lists: set[str]) -> bool:
-    return any(name.startswith(f"{other}.") for other in lists)
 
 
 def _width(block: nn.Module) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from fastpeft.adapter import is_conv1d
 from fastpeft.folder import LIBRARY, CheckpointError, read_folder, read_gates, write_folder
 from fastpeft.leave import unload
+from fastpeft.patterns import exactly
 from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
 from fastpeft.registry import Method, PeftFormat, Recipe, get_recipe
 from fastpeft.report import Report
@@ -230,7 +230,7 @@ def _targets(model: nn.Module, record: Adaptation) -> list[str] | str:
     """Full names; an anchored regex where a full name is also the dotted suffix of some other module."""
     names = [n for n, _ in model.named_modules() if n not in record.sites]
     if any(n.endswith("." + s) for n in names for s in record.sites):
-        return f"^(?:{'|'.join(map(re.escape, record.sites))})$"
+        return exactly(record.sites)
     return sorted(record.sites)
 
 

@@ -43,7 +43,7 @@ def suggest_heads(
         raise ValueError(f"suggest_heads: rule={rule!r}; it must be one of {', '.join(map(repr, RULES))}.")
     if isinstance(texts, str) or any(not isinstance(t, str) for t in texts):
         raise ValueError("suggest_heads: texts must be a sequence of strings.")
-    for name, value, low in (("most", most, 2), ("sample", sample, 4), ("features", features, 2), ("dimensions", dimensions or 1, 1)):
+    for name, value, low in (("most", most, 2), ("sample", sample, 4), ("features", features, 2), ("dimensions", 1 if dimensions is None else dimensions, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low:
             raise ValueError(f"suggest_heads: {name}={value!r}; it must be a whole number of at least {low}.")
     different = sorted(set(texts))

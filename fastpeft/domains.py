@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from fastpeft.blocks import blocks_of
 from fastpeft.experts import Expert, layout, read_experts
 from fastpeft.leave import unload
+from fastpeft.patterns import exactly
 from fastpeft.record import Adaptation, adaptation
 from fastpeft.registry import check_finite, check_int
 from fastpeft.report import Report
@@ -30,7 +30,7 @@ def use_expert(model: nn.Module, expert: int | str | None) -> None:
     """
     routing = routing_of(model, "use_expert")
     number = None if expert is None else routing.number(expert, "use_expert")
-    if number is not None and not _allowed(routing)[number]:
+    if number is not None and not routing.allowed()[number]:
         raise ValueError(f"use_expert: {routing.names[number]!r} is disabled; enable_expert it first.")
     routing.fixed = number
 
@@ -51,7 +51,7 @@ def disable_expert(model: nn.Module, expert: int | str) -> None:
     """No router chooses this expert any more (its logit is minus infinity). Saved with the adapter. ValueError for the last one left."""
     routing = routing_of(model, "disable_expert")
     number = routing.number(expert, "disable_expert")
-    left = _allowed(routing)
+    left = routing.allowed()
     left[number] = False
     if not any(left) or routing.fixed == number:
         why = "it is fixed (use_expert)" if routing.fixed == number else "no other is left"
@@ -73,7 +73,7 @@ def choices(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def predictions(model: nn.Module) -> dict[str, Tensor]:
-    """Block -> [batch], what each router makes of the last forward that decided, whatever label it had; {} without one."""
+    """Block -> [batch], what each router makes of the last routed forward, whatever label it had; {} where that kept decisions (a decode step)."""
     routing = routing_of(model, "predictions")
     pooled = {} if routing.last is None else routing.last.pooled
     return {name: routing.routers[name].logits(h).argmax(-1) for name, h in pooled.items()}
@@ -115,29 +115,27 @@ def add_expert(
     alone = blocks_of(model, sites, record.options.get("blocks"))[1]
     if alone:
         raise ValueError(f"add_expert: {', '.join(alone[:6])} of {name!r} lie in no block of this model.")
-    rows = {n: (_rows(r.old_R, r.R), _rows(r.old_b, r.b), r.allowed.clone()) for n, r in routing.routers.items()}
+    rows = {n: (_rows(r.old_R, r.R), _rows(r.old_b, r.b)) for n, r in routing.routers.items()}
+    disabled = [z for z, allowed in enumerate(routing.allowed()) if not allowed]
     options = {k: v for k, v in record.options.items() if k not in ("rank", "alpha")}
-    options |= {"experts": plan, "frozen": len(old), "train_experts": train_expert}
+    options |= {"experts": plan, "frozen": len(old), "train_experts": train_expert, "train_router": True}
     quantize, fixed = record.quantize, routing.fixed
     unload(model)
     report = build_and_attach(
-        model, "moa", target_modules=_exactly(sites), exclude_modules=None, modules_to_save=None, rank_pattern=None,
+        model, "moa", target_modules=exactly(sites), exclude_modules=None, modules_to_save=None, rank_pattern=None,
         alpha_pattern=None, bias="none", quantize=quantize, given=[*old, new], **options,
     )  # fmt: skip
     again = routing_of(model, "add_expert")
     again.fixed = fixed
-    for block, (R, b, allowed) in rows.items():
+    for block, (R, b) in rows.items():
         router = again.routers[block]
         with torch.no_grad():
             router.old_R.copy_(R)
             if b is not None:
                 router.old_b.copy_(b)
-            router.allowed[: len(old)] = allowed
+    for z in disabled:  # in the routers of blocks that the new expert brought, too
+        _allow(again, z, False)
     return report
-
-
-def _exactly(sites: list[str]) -> str:
-    return f"^(?:{'|'.join(map(re.escape, sites))})$"
 
 
 def _experts(model: nn.Module, record: Adaptation, routing: Routing) -> list[Expert]:
@@ -176,10 +174,7 @@ def _rows(old: Tensor | None, own: Tensor | None) -> Tensor | None:
     return own.detach().clone() if old is None else torch.cat([old, own]).detach()
 
 
-def _allowed(routing: Routing) -> list[bool]:
-    return [all(bool(r.allowed[z]) for r in routing.routers.values()) for z in range(len(routing.names))]
-
-
 def _allow(routing: Routing, number: int, now: bool) -> None:
+    routing.decoded = None
     for router in routing.routers.values():
         router.allowed[number] = now

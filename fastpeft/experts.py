@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from fastpeft.adapter import is_adapted, own_base, site_of
 from fastpeft.folder import CheckpointError, read_folder, read_gates
+from fastpeft.patterns import by_pattern
 from fastpeft.stack import GATE, Experts
-from fastpeft.targets import by_pattern, checked_targets, matches, refusal, select
+from fastpeft.targets import checked_targets, matches, refusal, select
 
 Folders = Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]
 

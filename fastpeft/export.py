@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from fastpeft.checkpoint import beside_adapters, file_key, peft_config
 from fastpeft.folder import write_folder
 from fastpeft.leave import refuse_ffns, static_terms
+from fastpeft.patterns import per_layer
 from fastpeft.record import Adaptation, adaptation
 from fastpeft.registry import get_recipe
 from fastpeft.stack import GATE
@@ -98,12 +98,10 @@ def _write(
 ) -> None:
     """A LoRA folder of these tensors, with the model's trained modules and biases; ranks, alphas: of each site."""
     rest = {k: v.detach() for k, v in beside_adapters(model, record).items()}
-    rank, alpha = (max(set(found.values()), key=list(found.values()).count) for found in (ranks, alphas))
-    plain = {"rank": rank, "alpha": alpha, "dropout": 0.0, "rslora": False, "lora_bias": lora_bias}
+    found = per_layer("rank", ranks) | per_layer("alpha", alphas)
+    plain = {"rank": found.pop("rank"), "alpha": found.pop("alpha"), "dropout": 0.0, "rslora": False, "lora_bias": lora_bias}
     config = peft_config(model, replace(record, sites=list(ranks)), get_recipe("lora").cls.PEFT, plain)
-    for key, common, found in (("rank_pattern", rank, ranks), ("alpha_pattern", alpha, alphas)):
-        config[key] = {f"^{re.escape(s)}$": value for s, value in found.items() if value != common}
-    write_folder(Path(folder), {**tensors, **rest}, config, {"methods": ["lora"], "options": plain}, gates)
+    write_folder(Path(folder), {**tensors, **rest}, config | found, {"methods": ["lora"], "options": plain}, gates)
 
 
 def _plain_lora(module: Any, site: str) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -57,6 +57,9 @@ def write_folder(
         raise
     for name in (WEIGHTS, CONFIG, *([GATES] if own else [])):  # the weights' rename is the moment at which the new checkpoint exists
         os.replace(pending[name], folder / name)
+    if not own:  # those of an earlier save belong to weights that are gone
+        for path in (folder / GATES, pending_path(folder, GATES)):
+            path.unlink(missing_ok=True)
     _sync_names(folder)
 
 

@@ -28,7 +28,8 @@ def domain_of(routing: Routing, domain: Any) -> Tensor | None:
     if domain.dim() != 1 or domain.is_floating_point() or domain.dtype is torch.bool:
         raise ValueError(f"moa: domain is {domain.dtype} {tuple(domain.shape)}; needed are names, or integers [batch].")
     if not torch.compiler.is_compiling():
-        closed = [z for z in domain.unique().tolist() if not 0 <= z < len(routing.names) or not all(bool(r.allowed[z]) for r in routing.routers.values())]
+        allowed = routing.allowed()
+        closed = [z for z in domain.unique().tolist() if not 0 <= z < len(allowed) or not allowed[z]]
         if closed:
             raise ValueError(f"moa: domain holds {closed}, of which there is no expert, or a disabled one; there are {', '.join(map(repr, routing.names))}, numbered from 0.")
     return domain.long()

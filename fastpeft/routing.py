@@ -46,7 +46,9 @@ class Decoded:
     """The last forward without cache that decided: its tokens [batch, prompt, ...], mask and choices; length: tokens by now."""
 
     def __init__(self, tokens: Tensor, attention: Tensor | None, choices: dict[str, Tensor]):
-        self.tokens, self.attention, self.choices, self.length = tokens, attention, choices, tokens.shape[1]
+        # copies: a caller may write the next text into the same buffer
+        self.tokens, self.attention = tokens.detach().clone(), None if attention is None else attention.clone()
+        self.choices, self.length = choices, tokens.shape[1]
 
     def goes_on(self, tokens: Tensor, attention: Tensor | None) -> bool:
         """Whether these tokens are the same prompts and one more token than last time; beams of a prompt may have changed places."""
@@ -84,6 +86,12 @@ class Routing:
     @property
     def enabled(self) -> bool:
         return all([r.enabled for r in self.routers.values()])
+
+    def allowed(self) -> list[bool]:
+        """Of each expert, whether every router may choose it."""
+        flags = [r.allowed for r in self.routers.values()]
+        found: list[bool] = torch.stack([f.to(flags[0].device) for f in flags]).all(0).tolist()
+        return found
 
     def number(self, expert: int | str, who: str) -> int:
         """The number of an expert given by name or number; ValueError if there is none."""

@@ -21,7 +21,7 @@ _KEPT = "_fastpeft_choices"
 
 
 def attach(model: nn.Module, routers: Mapping[str, Holder]) -> list[Any]:
-    """Hooks and links of all routers; what is returned undoes them by `remove`. ValueError for a model that cannot be routed."""
+    """Hooks and links of all routers; what is returned undoes them by `remove`."""
     own = [r for r in routers.values() if isinstance(r, Router)]
     if not own:
         return []
@@ -84,6 +84,8 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     named = dict(zip(routing.parameters, args, strict=False)) | kwargs
     tokens = tokens_of(named)
     domain = domain_of(routing, domain)
+    if domain is not None and tokens is not None:
+        domain = domain.to(tokens.device)  # once, and not in every block
     forward = Forward(None, domain, torch.is_grad_enabled())
     kept = _kept(model, routing, named, tokens, domain)
     if kept is not None:
@@ -92,8 +94,9 @@ def _begin(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
         forward.mask = prompt_of(routing, named, tokens, prompt)
         if routing.choice == "vote" and domain is None:
             forward.choices = _voted(model, routing, named, forward)
-        if not torch.compiler.is_compiling() and tokens is not None and tokens.dim() in (2, 3) and not torch.is_grad_enabled():
-            routing.decoded = Decoded(tokens, named.get("attention_mask"), forward.choices)
+        if not torch.compiler.is_compiling():
+            quiet = tokens is not None and tokens.dim() in (2, 3) and not torch.is_grad_enabled()
+            routing.decoded = Decoded(tokens, named.get("attention_mask"), forward.choices) if tokens is not None and quiet else None
     routing.now = forward
     return args, kwargs
 
@@ -199,5 +202,6 @@ def _voted(model: Any, routing: Routing, named: Mapping[str, Any], forward: Forw
         p = torch.softmax(routing.routers[name].logits(trial.pooled[name]).detach(), -1)
         one = F.one_hot(choice, p.shape[-1]) + p / (2 * len(trial.choices))
         votes = one if votes is None else votes + one.to(votes.device)
+    forward.pooled = trial.pooled
     winner = None if votes is None else votes.argmax(-1)
     return {} if winner is None else dict.fromkeys(trial.choices, winner)

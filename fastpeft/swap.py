@@ -8,7 +8,6 @@ unload restores the model bit for bit.
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,12 +33,12 @@ from fastpeft.blocks import Block, blocks_of
 from fastpeft.experts import Expert, absences, experts_by_site, layout, read_experts, stacked
 from fastpeft.ffn import FFN, find_ffns
 from fastpeft.packed import is_packed
+from fastpeft.patterns import by_pattern, exactly
 from fastpeft.record import CONTAINERS, RECORD, SHARED, Adaptation, opened
 from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
 from fastpeft.targets import (
     Targets,
-    by_pattern,
     checked_targets,
     fast_path_owners,
     is_all,
@@ -115,7 +114,7 @@ def adapt(
         plan, trained = _trained(model, names, experts, asked | options)
         options["experts"] = plan
     if trained:
-        asked["target_modules"] = f"^(?:{'|'.join(map(re.escape, experts_by_site(plan)))})$"
+        asked["target_modules"] = exactly(experts_by_site(plan))
     return build_and_attach(model, names, **asked, quantize=quantize, keep_base=keep_base, given=trained, **options)
 
 

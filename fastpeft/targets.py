@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -37,14 +37,6 @@ def checked_targets(option: str, targets: Any) -> Targets:
     if not names or not all(isinstance(t, str) and t for t in names):
         raise ValueError(f"adapt: {option}={targets!r}; give 'all-linear', a regex string, or a list of module names.")
     return names
-
-
-def by_pattern(name: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
-    """The first value of rank_pattern / alpha_pattern whose key matches the end of `name` as PEFT matches it, or default."""
-    for key, value in (pattern or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", name):
-            return value
-    return default
 
 
 def all_linear(model: nn.Module) -> dict[str, nn.Module]:

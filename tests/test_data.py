@@ -55,6 +55,7 @@ def test_the_elbow_is_the_point_farthest_below_the_line():
         (["ab cd", "cd  ab", "ab, cd", "cd. ab"], {}, "all alike in their words"),
         (["a b", "c d", "e f", "g h"], {"most": 1}, "most=1; it must be a whole number of at least 2"),
         (["a b", "c d", "e f", "g h"], {"dimensions": -1}, "dimensions=-1"),
+        (["a b", "c d", "e f", "g h"], {"dimensions": 0}, "dimensions=0; it must be a whole number"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")

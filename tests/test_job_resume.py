@@ -497,6 +497,12 @@ def test_an_arm_whose_procedure_is_done_takes_no_further_step(tmp_path, settings
     arms = {a["name"]: a for a in json.loads((tmp_path / "out" / "report.json").read_text())["arms"]}
     steps = {name: len(arm["losses"][0]) for name, arm in arms.items()}
     assert steps == {"frozen": 24, "peft": 24, "fastpeft": 5}
+    # stopped within the epoch in which it was done: 5 steps of three arms, and then the next call
+    stopped = at(mine, tmp_path / "b", save_every=1)
+    go(at(mine, tmp_path / "a", save_every=1))
+    go(stopped, kill=("forward", 16))
+    go(stopped, again=True)
+    assert changed(result_of(stopped), result_of(at(mine, tmp_path / "a"))) == []
 
 
 def spec(settings: Settings, **more: Any) -> str:

@@ -216,6 +216,7 @@ def refused(capsys, folder, message, *more, code=2):
         (["--n-kfac", "0"], "--n-kfac 0; it must be at least 1"),
         (["--bins", "0"], "--bins 0; it must be at least 1"),
         (["--samples", "0"], "--samples 0; it must be at least 1"),
+        (["--max-length", "3"], "--max-length 3; it must be at least 4"),
         (["--device", "nowhere"], "--device nowhere"),
         (["--output", "/proc/nothing"], "cannot write into /proc/nothing"),
         (["--model", "x", "--split-seed", "1"], "--model, --split-seed: the report in"),

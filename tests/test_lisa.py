@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from checks import DT, MLP, rand
+from checks import DT, MLP, perturb, rand
 from procedure_runs import Blocks, Run, assert_resumes, assert_same, go, loss_of, plain, tokens, values
 from safetensors.torch import load_file
 from tolerance import assert_fp64
@@ -356,7 +356,7 @@ def test_a_reference_pass_between_forward_and_backward():
 
 
 def test_what_it_was_in_the_dtype_that_it_has_now():
-    model, x = made(), tokens(1, 1)[0][0]
+    model, x = perturb(made()), tokens(1, 1)[0][0]
     model.to(torch.bfloat16).eval()
     want = copy.deepcopy(base()).to(torch.bfloat16).eval()
     with torch.no_grad(), fastpeft.adapters_off(model):

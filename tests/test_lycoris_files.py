@@ -448,14 +448,14 @@ def alphas_ignored(monkeypatch: Any) -> None:
 
 
 def layers_alike(monkeypatch: Any) -> None:
-    real = lycoris._per_layer
-    monkeypatch.setattr(lycoris, "_per_layer", lambda key, values: {key: real(key, values)[key]})
+    real = lycoris.per_layer
+    monkeypatch.setattr(lycoris, "per_layer", lambda key, values: {key: real(key, values)[key]})
 
 
 def only_alphas_alike(monkeypatch: Any) -> None:
-    real = lycoris._per_layer
+    real = lycoris.per_layer
     monkeypatch.setattr(
-        lycoris, "_per_layer", lambda key, values: real(key, values) if key == "rank" else {key: 2}
+        lycoris, "per_layer", lambda key, values: real(key, values) if key == "rank" else {key: 2}
     )
 
 

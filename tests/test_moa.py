@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from checks import DT, perturb, rand
+from checks import DT, perturb, rand, with_masks
 from loops import Case, assert_same, examples, plain, trainer_of
 from mixtures import EXPERTS, batch, folders, mixture, single
 from tolerance import assert_fp64
@@ -58,7 +58,7 @@ def test_a_labelled_sequence_computes_its_single_lora(base, found):
 
 
 def test_labels_equal_pefts_per_sample_adapters(base, found):
-    """adapter_names= in stock PEFT over the same folders, outputs and gradients."""
+    """Outputs against adapter_names= in stock PEFT over the same folders; dx against each single LoRA."""
     model, (ids, labels) = mixture(base, found).train(), batch()
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(base), str(found["law"]), adapter_name="law", autocast_adapter_dtype=False)
     for name in NAMES[1:]:
@@ -67,7 +67,7 @@ def test_labels_equal_pefts_per_sample_adapters(base, found):
     with torch.no_grad():
         want = theirs.eval()(ids, adapter_names=domain).logits
     x = base.get_input_embeddings()(ids).detach().requires_grad_()
-    train_it(model)
+    with_masks(model)
     got = model(inputs_embeds=x, labels=labels, domain=domain).logits
     assert_fp64(got, want, "logits")
     d = torch.randn_like(got)
@@ -79,17 +79,9 @@ def test_labels_equal_pefts_per_sample_adapters(base, found):
     assert_fp64(dx, torch.cat(wants), "dx")
 
 
-def train_it(model):
-    """As if the procedure were attached."""
-    for m in model.modules():
-        if isinstance(m, fastpeft.registry.Method):
-            m.attached = True
-    return model
-
-
 def test_factor_gradients_are_the_single_loras(base, found):
     """dA and dB of each expert are those of that LoRA on its own sequences, and zero for an expert without any."""
-    model, (ids, labels) = train_it(mixture(base, found).train()), batch()
+    model, (ids, labels) = with_masks(mixture(base, found).train()), batch()
     site = "model.layers.1.self_attn.v_proj"
     m = model.get_submodule(site).adapter.moa
     d = torch.randn(*ids.shape, 64, dtype=DT)
@@ -364,7 +356,7 @@ def test_a_second_forward_before_the_first_ones_backward(base, found, reentrant)
     """Each backward recomputes with its own forward's experts; one backward through both raises where they chose other ones."""
     one = dict(zip(("input_ids", "labels"), batch(), strict=True)) | {"domain": [2, 0, 1, 1]}
     two = dict(zip(("input_ids", "labels"), batch(seed=8), strict=True)) | {"domain": [0, 1, 2, 0]}
-    model = train_it(mixture(base, found).train())
+    model = with_masks(mixture(base, found).train())
     for call in (one, two):
         model(**call).loss.backward()
     want = gradients(model)
@@ -387,7 +379,7 @@ def test_a_second_forward_before_the_first_ones_backward(base, found, reentrant)
 def test_one_backward_through_two_forwards_without_checkpointing(base, found):
     one = dict(zip(("input_ids", "labels"), batch(), strict=True)) | {"domain": [2, 0, 1, 1]}
     two = dict(zip(("input_ids", "labels"), batch(seed=8), strict=True)) | {"domain": [0, 1, 2, 0]}
-    model = train_it(mixture(base, found).train())
+    model = with_masks(mixture(base, found).train())
     seen = []
     for together in (False, True):
         losses = [model(**one).loss, model(**two).loss]
@@ -401,7 +393,7 @@ def test_one_backward_through_two_forwards_without_checkpointing(base, found):
 
 def test_a_part_checkpointed_by_hand(base, found):
     """A checkpoint inside a block, where no hook of ours runs again."""
-    model, call = train_it(mixture(base, found).train()), dict(zip(("input_ids", "labels"), batch(), strict=True)) | {"domain": [2, 0, 1, 1]}
+    model, call = with_masks(mixture(base, found).train()), dict(zip(("input_ids", "labels"), batch(), strict=True)) | {"domain": [2, 0, 1, 1]}
     model(**call).loss.backward()
     want = gradients(model)
     model.zero_grad()
@@ -670,3 +662,63 @@ def test_what_an_unused_expert_computes_is_not_read():
     with torch.no_grad():
         m.A[m.experts.span(1)] = torch.inf
     assert torch.equal(model(x, domain=[0, 0]), want)
+
+
+def buffers(rows=6, length=9):
+    """Two prompts of 5 tokens that the routers tell apart, in one buffer each."""
+    return batch(rows=rows, length=length, seed=3)[0], batch(rows=rows, length=length, seed=4)[0]
+
+
+def test_a_kept_decision_belongs_to_the_tokens_that_were_read(base, found):
+    """Without a cache: another text written into the same buffer is a new prompt."""
+    model, (first, other) = mixture(base, found), buffers()
+    with torch.no_grad():
+        model(other[:, :6])
+        want = domains.choices(model)
+        model(first[:, :5])
+        kept = domains.choices(model)
+        model(first[:, :6])
+        assert all(torch.equal(kept[n], c) for n, c in domains.choices(model).items()), "one more token: kept"
+        buffer = first.clone()
+        model(buffer[:, :5])
+        buffer.copy_(other)
+        model(buffer[:, :6])
+    assert all(torch.equal(want[n], c) for n, c in domains.choices(model).items())
+    assert any(not torch.equal(want[n], c) for n, c in kept.items())
+
+
+def test_disabling_and_training_end_a_kept_decision(base, found):
+    model, (ids, _) = mixture(base, found), buffers(rows=24)
+    with torch.no_grad():
+        model(ids[:, :5])
+    assert any(bool((c == 1).any()) for c in domains.choices(model).values())
+    domains.disable_expert(model, "code")
+    with torch.no_grad():
+        model(ids[:, :6])
+    assert not any(bool((c == 1).any()) for c in domains.choices(model).values())
+    routing = routing_of(model, "test")
+    assert routing.decoded is not None
+    with_masks(model.train())(ids, domain=[0] * 24)
+    assert routing.decoded is None
+
+
+def test_an_expert_is_added_with_rows_that_train_and_stays_out_of_new_blocks_if_disabled(base, tmp_path):
+    """The folder that is added has a block that the others lack."""
+    short = {name: {"rank": 2, "alpha": 2, "target_modules": r".*layers\.0\..*q_proj"} for name in ("law", "code")}
+    found = folders(base, tmp_path, short | {"news": {"rank": 2, "alpha": 2, "target_modules": ["q_proj"]}})
+    model = mixture(base, {n: found[n] for n in short}, train_router=False)
+    domains.disable_expert(model, "code")
+    domains.add_expert(model, found["news"], name="news")
+    routers = routing_of(model, "test").routers
+    assert len(routers) == 2 and all(r.allowed.tolist() == [True, False, True] for r in routers.values())
+    assert all(r.R.requires_grad and not r.old_R.requires_grad for r in routers.values())
+
+
+def test_predictions_of_a_vote_are_the_routers_own(base, found):
+    model, voting, (ids, _) = mixture(base, found), mixture(base, found, choice="vote"), batch(rows=12)
+    with torch.no_grad():
+        model(ids)
+        voting(ids)
+    want = domains.choices(model)
+    got = domains.predictions(voting)
+    assert set(got) == set(want) and all(torch.equal(got[n], c) for n, c in want.items())

@@ -295,6 +295,16 @@ def test_gates_of_other_weights_are_refused(gated, tmp_path):
     assert_untouched(model, before)
 
 
+def test_a_lora_saved_over_a_gated_expert_leaves_no_gates(gated, tmp_path):
+    plain, folder, _ = gated
+    again = shutil.copytree(folder / "c_gated", tmp_path / "again")
+    model = copy.deepcopy(plain)
+    fastpeft.load_adapter(model, folder / "c")
+    fastpeft.save_adapter(perturb(model), again)
+    assert sorted(p.name for p in again.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    fastpeft.adapt(copy.deepcopy(plain), "phatgoose", experts=[again], stage="gate")
+
+
 def test_a_save_that_stops_between_its_renames_keeps_weights_and_gates_together(gated, tmp_path, monkeypatch):
     """At every rename: the folder holds the old expert with its gates, or the new one with its own."""
     plain, folder, _ = gated

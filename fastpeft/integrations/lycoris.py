@@ -24,6 +24,7 @@ from fastpeft.checkpoint import check_tensors, some
 from fastpeft.folder import CheckpointError, open_weights
 from fastpeft.leave import unload
 from fastpeft.method.lokr import factorization
+from fastpeft.patterns import per_layer
 from fastpeft.report import Report
 from fastpeft.swap import adapt
 from fastpeft.targets import is_linear_layer
@@ -181,17 +182,10 @@ def _modules(model: nn.Module, heads: list[str], prefix: str, path: Path) -> dic
     return {head: names[0] for head, names in linear.items()}
 
 
-def _per_layer(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The option `key` with the commonest value, and a pattern for the layers that have another."""
-    ((common, _),) = Counter(values.values()).most_common(1)
-    # anchored: a pattern would also hit the layers whose name it ends
-    return {key: common, f"{key}_pattern": {f"^{re.escape(n)}": v for n, v in values.items() if v != common}}
-
-
 def _scale(layers: list[_Layer], ranks: Mapping[str, int]) -> dict[str, Any]:
     """adapt's options for these ranks, and for the alphas of `layers`."""
     alphas = {layer.name: ranks[layer.name] if layer.alpha is None else layer.alpha for layer in layers}
-    return _per_layer("rank", ranks) | _per_layer("alpha", alphas)
+    return per_layer("rank", ranks) | per_layer("alpha", alphas)
 
 
 def _loha(layers: list[_Layer]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from fastpeft.job.errors import JobError, require
+from fastpeft.job.settings import Settings
 
 EVIDENCE, VALIDATION = "evidence", "validation"
 LAYERS = ("all", "last")
@@ -65,6 +66,8 @@ class Calibration:
         for name in ("n_kfac", "threads"):
             if getattr(self, name) is not None:
                 self._at_least(name, getattr(self, name), 1)
+        if self.max_length is not None:
+            self._at_least("max_length", self.max_length, 4)  # as finetune
         if self.layers not in LAYERS:
             raise JobError(f"laplace: --layers {self.layers}; it must be one of {', '.join(LAYERS)}.")
         if isinstance(self.prior, str):
@@ -75,7 +78,7 @@ class Calibration:
         if not Path(self.folder).is_dir():
             raise JobError(f"laplace: {self.folder}: no such folder; give a report folder of `fastpeft finetune`, or an adapter folder.")
         require("this command", "transformers", "matplotlib", "tqdm")
-        self._check_device()
+        Settings(device=self.device).check_device()
 
     def check_output(self) -> None:
         """Raise JobError for an output folder that cannot be written; it is made if absent."""
@@ -85,15 +88,6 @@ class Calibration:
                 pass
         except OSError as e:
             raise JobError(f"laplace: cannot write into {self.target} ({e.strerror or e}); give another --output.") from None
-
-    def _check_device(self) -> None:
-        import torch
-
-        try:
-            torch.empty(1, device=self.device or "cpu")
-        except (RuntimeError, AssertionError) as e:
-            # AssertionError: what torch raises for "cuda" in a build without CUDA
-            raise JobError(f"laplace: --device {self.device}: {str(e).splitlines()[0]}") from None
 
     def _at_least(self, name: str, value: int, low: int) -> None:
         if value < low:

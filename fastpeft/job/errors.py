@@ -14,6 +14,11 @@ class JobError(ValueError):
         self.code = code
 
 
+def said_by(verb: str, e: JobError) -> str:
+    """The message in `verb`'s name: what is shared with `fastpeft finetune` says that one's."""
+    return f"{verb}: {str(e).removeprefix('finetune: ').removeprefix(f'{verb}: ')}"
+
+
 class Finished(JobError):
     """Nothing is left to resume: no failure, so code 0."""
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
+from fastpeft.folder import replace_file
 from fastpeft.job.errors import JobError
 from fastpeft.job.models import Source, find_model, load_model, load_tokenizer
-from fastpeft.job.report import _atomic
 from fastpeft.job.settings import Settings
 
 FILE = "tasks.json"
@@ -103,7 +103,7 @@ def save(model: nn.Module, folder: Path, source: Source, settings: Settings, tas
         "learned": learned,
         "tasks": [asdict(t) for t in tasks],
     }
-    _atomic(folder / FILE, lambda path: path.write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8"))
+    replace_file(folder / FILE, (json.dumps(notes, indent=2) + "\n").encode())
 
 
 def load(folder: str | Path, *, model: str | None = None, device: str | None = None, seed: int = 0) -> tuple[Any, list[Labels]]:

@@ -42,13 +42,13 @@ class History:
         """The counts after this many steps."""
         return {n: c for k, counts in self.changes if k <= step for n, c in counts.items()}
 
-    def by_type(self, value: Callable[[list[int]], float], kind: Callable[[str], str] | None = None) -> dict[str, list[tuple[int, float]]]:
-        """Type of module (`kind` of a name; None: module_type) -> (step, value of the counts of that type), at each change."""
+    def by_type(self, value: Callable[[list[int]], float]) -> dict[str, list[tuple[int, float]]]:
+        """Type of module (module_type) -> (step, value of the counts of that type), at each change."""
         found: dict[str, list[tuple[int, float]]] = {}
         for step, counts in self.states():
             groups: dict[str, list[int]] = {}
             for name, count in counts.items():
-                groups.setdefault((kind or module_type)(name), []).append(count)
+                groups.setdefault(module_type(name), []).append(count)
             for name, group in groups.items():
                 found.setdefault(name, []).append((step, value(group)))
         return found

@@ -203,7 +203,8 @@ def _train(
         total=total, initial=done, desc=f"seed {seed}", unit="step", disable=not sys.stderr.isatty()
     ) as bar:
         for epoch in range(max(t.epochs for t in trainees), settings.epochs):
-            active = [t for t in trainees if not t.stopped]
+            # a procedure may be done within an epoch: its arm still has that epoch's end, a resumed one too
+            active = [t for t in trainees if not t.stopped or len(t.losses) > epoch * per_epoch]
             if not active:
                 break
             order = data.order(settings.batch_size, seed=seed, epoch=epoch)

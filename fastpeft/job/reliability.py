@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ _COLOUR, _OVER, _UNDER = "#1b5e9e", "#f0c9a0", "#7fb0dc"
 
 
 def draw_reliability(
-    bins: Mapping[str, Reliability], scores: Mapping[str, Mapping[str, float]], path: Path, *, kinds: Sequence[str] = ("map", "mc")
+    bins: Mapping[str, Reliability], scores: Mapping[str, Mapping[str, float]], path: Path
 ) -> None:
     """A panel per kind: in each bin of confidence the accuracy, its distance from the mean confidence, and the share of samples."""
+    kinds = ("map", "mc")
     figure, panels = _figure(len(kinds), width=4.5 * len(kinds))
     for axes, kind in zip(panels, kinds, strict=True):
         draw_panel(axes, bins[kind], f"{TITLES[kind]}: ECE {scores[kind]['ece']:.3f}, accuracy {scores[kind]['accuracy']:.3f}")

@@ -8,6 +8,7 @@ needs none, as its text-to-text model answers every task with one vocabulary.
 from __future__ import annotations
 
 import copy
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ import torch
 
 from fastpeft.job import heads
 from fastpeft.job.arms import FASTPEFT, FROZEN, Arm, build_arms
-from fastpeft.job.errors import JobError
+from fastpeft.job.errors import JobError, said_by
 from fastpeft.job.evaluate import evaluate, logits
 from fastpeft.job.loop import train, trainee
 from fastpeft.job.models import Source, check_length, find_model, load_tokenizer
@@ -141,8 +142,7 @@ def sequence(plan: Plan) -> Outcome:
     except KeyboardInterrupt:
         raise JobError(f"sequence: interrupted; {_saved(job)}.", code=130) from None
     except JobError as e:
-        # what is shared with `fastpeft finetune` says its name
-        words = f"sequence: {str(e).removeprefix('finetune: ').removeprefix('sequence: ')}"
+        words = said_by("sequence", e)
         raise JobError(words if e.code == 2 else f"{words} So far, {_saved(job)}.", code=e.code) from None
     except OSError as e:
         raise JobError(f"sequence: {e}; {_saved(job)}.", code=1) from None
@@ -191,6 +191,9 @@ def _run(job: Job) -> Outcome:
         if keep is not None:
             outcome.reload = _check_reload(job, _kept(job, learners).arm.model, outcome.folders[-1])
         outcome.runs.append([learner.result for learner in learners])
+        del learners
+        # a model and its hooks can be a cycle; two seeds' models at once would be for nothing
+        gc.collect()
     return outcome
 
 

@@ -101,7 +101,7 @@ class Settings:
         require("this command", "transformers", "tqdm", "matplotlib")
         if self.compare:
             require("the comparison (--no-compare leaves it out)", "peft")
-        self._check_device()
+        self.check_device()
         self._check_method()
         self._check_output()
 
@@ -119,7 +119,7 @@ class Settings:
                 f"finetune: --min-delta {self.min_delta} without --patience; give both, or neither."
             )
 
-    def _check_device(self) -> None:
+    def check_device(self) -> None:
         import torch
 
         try:

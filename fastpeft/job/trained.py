@@ -15,8 +15,8 @@ from fastpeft.job.data import Examples, Texts, encode, load_texts
 from fastpeft.job.errors import JobError
 from fastpeft.job.models import check_length, find_model, load_model, load_tokenizer
 from fastpeft.job.settings import CAUSAL_LM, CLASSIFICATION, Settings
-from fastpeft.job.split import near_copies, same_text, split
-from fastpeft.job.validation import Validation, hold_out
+from fastpeft.job.split import split
+from fastpeft.job.validation import Validation, hold_out, together
 
 _ADAPTER = "adapter"
 
@@ -37,13 +37,12 @@ class Folder:
 class Trained:
     """The model with the adapter loaded, what it was trained on, and what it is judged on.
 
-    unseen: examples that no epoch trained on, of a run with early stopping.   groups: of the training examples, those that the
-    job's own split keeps together.
+    unseen: examples that no epoch trained on, of a run with early stopping.   settings: of the job.
     """
 
     model: Any
     texts: Texts
-    groups: list[int]
+    settings: Settings
     data: Examples
     held: Examples
     unseen: Examples | None
@@ -53,7 +52,7 @@ class Trained:
         """The training examples without a stratified share, and that share. JobError where that leaves nothing."""
         labels = self.data.labels
         assert labels is not None
-        rest, held = split(self.groups, labels, share=share, seed=seed)
+        rest, held = split(together(self.texts, self.settings), labels, share=share, seed=seed)
         if not held or not rest:
             raise JobError(
                 f"laplace: --prior validation: {len(self.data)} training examples leave none to hold out; give more, or use "
@@ -154,8 +153,7 @@ def load_trained(folder: Folder, classes: Sequence[str] | None = None) -> Traine
                 f"{len(texts.classes or ())} classes: the model would answer at random. Save the adapter with its trained head "
                 "(modules_to_save), or give the --model that has it."
             )
-    groups = near_copies(texts.train) if settings.data is None else same_text(texts.train)
-    return Trained(model, texts, groups, data, held, unseen, source.name)
+    return Trained(model, texts, settings, data, held, unseen, source.name)
 
 
 def _load_adapter(model: Any, folder: Folder, new: list[str]) -> list[str]:

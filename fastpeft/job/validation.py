@@ -19,6 +19,11 @@ class Validation:
     labels: list[int] | None
 
 
+def together(texts: Texts, settings: Settings) -> list[int]:
+    """A group number per training text: those that the job's own split keeps on one side share one."""
+    return near_copies(texts.train) if settings.data is None else same_text(texts.train)
+
+
 def hold_out(texts: Texts, settings: Settings) -> tuple[Texts, Validation | None]:
     """`texts` without the validation examples, and those; `texts` itself and None without early stopping.
 
@@ -27,9 +32,8 @@ def hold_out(texts: Texts, settings: Settings) -> tuple[Texts, Validation | None
     """
     if settings.patience is None:
         return texts, None
-    groups = near_copies(texts.train) if settings.data is None else same_text(texts.train)
     strata = texts.train_labels or [0] * len(texts.train)
-    train, held = split(groups, strata, share=settings.validation_share, seed=settings.split_seed)
+    train, held = split(together(texts, settings), strata, share=settings.validation_share, seed=settings.split_seed)
     if not held or not train:
         raise JobError(
             f"finetune: --patience {settings.patience}: {len(texts.train)} training rows leave none to hold out for early "

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastpeft.terms import kron
 
@@ -115,6 +116,7 @@ class _Inside(torch.autograd.Function):
         return scaled @ h.flatten(2).mT
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
         (squared,) = ctx.saved_tensors
         return None, None, -(grad * squared).sum()

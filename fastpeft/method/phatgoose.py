@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -28,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpeft.patterns import per_layer
 from fastpeft.registry import Method, Notes, PeftFormat, Site, check_int, check_probability, method
 from fastpeft.stack import GATE, experts_of, factors, gated
 from fastpeft.terms import LowRank, Term
@@ -69,16 +68,10 @@ def gated_lora(options: Mapping[str, Any]) -> dict[str, Any] | None:
     plan = options["experts"]
     if options["stage"] != "gate" or not isinstance(plan, Mapping):
         return None
-    ranks = {f"^{re.escape(s)}$": g["ranks"][0] for g in plan["groups"] for s in g["sites"]}
-    alphas = {f"^{re.escape(s)}$": g["scale"] * g["ranks"][0] for g in plan["groups"] for s in g["sites"]}
-    rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
-    return {
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {s: r for s, r in ranks.items() if r != rank},
-        "alpha_pattern": {s: a for s, a in alphas.items() if a != alpha},
-        "init_lora_weights": True,
-    }
+    sites = {s: g for g in plan["groups"] for s in g["sites"]}
+    found = per_layer("rank", {s: g["ranks"][0] for s, g in sites.items()})
+    found |= per_layer("alpha", {s: g["scale"] * g["ranks"][0] for s, g in sites.items()})
+    return {"r": found.pop("rank"), "lora_alpha": found.pop("alpha"), **found, "init_lora_weights": True}
 
 
 @method("phatgoose", paper="arXiv 2402.05859")

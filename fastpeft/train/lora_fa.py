@@ -42,7 +42,10 @@ class LoRAFAPreconditioner(Procedure):
             if m.A.requires_grad or m.scale == 0:
                 what = "its scale is 0" if m.scale == 0 else "its A trains"
                 raise ValueError(f"LoRAFAPreconditioner: at {name!r} {what}; it needs a frozen A and an alpha other than 0.")
-        ctx.closing.callback(self._inverse.clear)
+        ctx.closing.callback(self._release)
+
+    def _release(self) -> None:
+        self._layers, self._inverse = {}, {}
 
     @torch.no_grad()
     def before_step(self, ctx: Context) -> None:

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 from fastpeft.job.calibrate import EVIDENCE, LAYERS, VALIDATION, Calibration
-from fastpeft.job.errors import JobError
+from fastpeft.job.errors import JobError, said_by
 from fastpeft.job.settings import DTYPES, Settings
 
 HELP = "a posterior over a saved classifier's adapter: calibrated predictions"
@@ -74,8 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
             Calibration(**given), say=partial(print, flush=True, file=sys.stderr if arguments.json else sys.stdout)
         )
     except JobError as e:
-        # what loads models and data is finetune's and says so
-        raise type(e)(f"laplace: {str(e).removeprefix('finetune: ').removeprefix('laplace: ')}", code=e.code) from None
+        raise JobError(said_by("laplace", e), code=e.code) from None
     if arguments.json:
         print(json.dumps(found.as_dict(), indent=2, allow_nan=False))
         return
