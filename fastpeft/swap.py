@@ -11,7 +11,6 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from fastpeft import routing_hooks
@@ -22,14 +21,12 @@ from fastpeft.adapter import (
     build_adapter,
     build_methods,
     free,
-    is_adapted,
     own_base,
     recipes,
     shared_holders,
     site_of,
 )
 from fastpeft.beside import FFNAdapter, attach
-from fastpeft.blocks import Block, blocks_of
 from fastpeft.experts import Expert, absences, experts_by_site, layout, read_experts, stacked
 from fastpeft.ffn import FFN, find_ffns
 from fastpeft.packed import is_packed
@@ -37,16 +34,12 @@ from fastpeft.patterns import by_pattern, exactly
 from fastpeft.record import CONTAINERS, RECORD, SHARED, Adaptation, opened
 from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
+from fastpeft.sites import blocks_around, note_targets, refuse_second, saved_modules, sites_of
 from fastpeft.targets import (
     Targets,
-    checked_targets,
     fast_path_owners,
     is_all,
     is_linear_layer,
-    matches,
-    output_head,
-    refusal,
-    select,
     shared_weights,
 )
 from fastpeft.trained import begin, check_own, own_parameters, written
@@ -129,7 +122,7 @@ def _trained(model: nn.Module, names: str | list[str], experts: Any, asked: Mapp
         raise ValueError(f"adapt: {', '.join(given)} beside experts={experts!r}, whose folders say which layers, ranks and scales; leave it out.")
     if asked.get("stage") == "gate" and (asked.get("modules_to_save") or asked.get("bias") not in (None, "none")):
         raise ValueError("adapt: stage='gate' trains gates only, and the folder becomes an expert's; leave out modules_to_save and bias.")
-    _refuse_second(model)
+    refuse_second(model)
     found = read_experts(model, experts)
     return layout(model, found), found
 
@@ -157,25 +150,25 @@ def build_and_attach(
     bias = "none" if bias is None else bias
     if bias not in _BIAS:
         raise ValueError(f"adapt: bias={bias!r}; it must be one of {', '.join(_BIAS)}.")
-    _refuse_second(model)
+    refuse_second(model)
     found = recipes(method, options)
     on_linear, on_ffn = ([r for r in found if r.site == site] for site in ("linear", "ffn"))
     record = Adaptation(
         [r.name for r in found], options, dict(rank_pattern or {}), dict(alpha_pattern or {}), bias, quantize, keep_base
     )
-    saved = _saved_modules(model, modules_to_save)
+    saved = saved_modules(model, modules_to_save)
     report = Report(saved_modules=list(saved), procedures=[r.cls.PROCEDURE for r in found if r.cls.PROCEDURE])
     targets = "all-linear" if target_modules is None else target_modules
     ffns, ffn_adapters = _ffn_adapters(model, targets, exclude_modules, saved, on_ffn, options, report)
-    modules = _sites(model, targets, exclude_modules, saved, report, ffns) if on_linear else {}
-    blocks = _blocks(model, modules, found, options, report, is_all(targets))
+    modules = sites_of(model, targets, exclude_modules, saved, report, ffns) if on_linear else {}
+    blocks = blocks_around(model, modules, found, options, report, is_all(targets))
     if not on_linear and bias == "lora_only":
         raise ValueError(f"adapt: bias='lora_only' means adapted linear layers, and {', '.join(record.methods)} has none.")
     for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
         if pattern and not any(key in r.options for r in found):
             raise ValueError(f"adapt: {key}_pattern was given, but {', '.join(record.methods)} has no option {key!r}.")
     layers = [n for n, m in model.named_modules() if is_linear_layer(m)] if on_linear else []
-    _notes(model, targets, saved, report, [*layers, *ffns])
+    note_targets(model, targets, saved, report, [*layers, *ffns])
 
     plan = options.get("experts")
     at = experts_by_site(plan) if isinstance(plan, Mapping) else {}
@@ -242,27 +235,6 @@ def build_and_attach(
     return report.count(model)
 
 
-def _blocks(
-    model: nn.Module, modules: dict[str, nn.Module], found: list[Recipe], options: Mapping[str, Any], report: Report, every: bool
-) -> dict[str, Block]:
-    """The block of each layer, if some recipe routes by block. Layers in none go out of `modules` and into the report.
-
-    every: whether they were asked for as all; ValueError by name for others, and where none is left.
-    """
-    if not any(r.cls.ROUTED for r in found):
-        return {}
-    routing_hooks.refuse(model)
-    blocks, alone = blocks_of(model, modules, options.get("blocks"))
-    if alone and (not every or not blocks):
-        raise ValueError(
-            f"adapt: {', '.join(alone[:6])}{' ...' if len(alone) > 6 else ''} lie in no block, whose router would choose their experts; leave "
-            "them out, or name modules around them in blocks=."
-        )
-    for name in alone:
-        report.layers[name] = Route((), str(tuple(getattr(modules.pop(name), "weight", torch.empty(0)).shape)), 0, "it lies in no block")
-    return blocks
-
-
 def _shape(module: Any, base: Any) -> str:
     if is_packed(type(module)):
         return f"{type(module).__name__} {(base.out_features, base.in_features)}"
@@ -286,78 +258,6 @@ def _ffn_adapters(
     for name, reason in alone.items():
         report.layers[name] = Route((), "experts", 0, reason)
     return ffns, {n: FFNAdapter(build_methods(n, f.width, found, options), f) for n, f in ffns.items()}
-
-
-def _notes(
-    model: nn.Module, targets: Targets, saved: Mapping[str, nn.Module], report: Report, sites: list[str]
-) -> None:
-    """Notes on targets that match none of `sites`, and on the output head."""
-    if isinstance(targets, (list, tuple, set)):
-        unused = [t for t in targets if not any(matches(n, [t]) for n in sites)]
-        if unused:
-            report.notes.append(f"target_modules entries that match no layer: {', '.join(unused)}.")
-    head = output_head(model)
-    if is_all(targets) and head and head not in saved:
-        report.notes.append(f"the output head {head!r} is frozen; name it in modules_to_save to train it.")
-
-
-def _refuse_second(model: nn.Module) -> None:
-    if hasattr(model, SHARED):
-        raise ValueError(f"adapt: this {type(model).__name__} has an attribute {SHARED!r} already; rename it.")
-    for name, module in model.named_modules():
-        if is_adapted(module):
-            raise ValueError(
-                f"adapt: {name!r} is adapted already; call fastpeft.unload first, or pass several methods as one list."
-            )
-        if type(module).__module__.startswith("peft.tuners."):
-            raise ValueError(
-                f"adapt: {name!r} carries a PEFT adapter ({type(module).__name__}); merge or unload it with PEFT first."
-            )
-
-
-def _saved_modules(model: nn.Module, names: list[str] | None) -> dict[str, nn.Module]:
-    """Modules of modules_to_save by name; ValueError if an entry matches none."""
-    if not names:
-        return {}
-    wanted = checked_targets("modules_to_save", names)
-    found = {n: m for n, m in model.named_modules() if n and matches(n, wanted)}
-    for entry in [wanted] if isinstance(wanted, str) else wanted:
-        if not any(matches(n, entry if isinstance(wanted, str) else [entry]) for n in found):
-            raise ValueError(f"adapt: modules_to_save entry {entry!r} matches no module of {type(model).__name__}.")
-    return {n: m for n, m in found.items() if not any(n.startswith(o + ".") for o in found)}
-
-
-def _sites(
-    model: nn.Module,
-    target_modules: Targets,
-    exclude_modules: Targets | None,
-    saved: Mapping[str, nn.Module],
-    report: Report,
-    ffns: Mapping[str, FFN],
-) -> dict[str, nn.Module]:
-    """The layers to adapt; what is left alone goes into the report with its reason."""
-    found, named = select(model, target_modules, ffns)
-    excluded = checked_targets("exclude_modules", exclude_modules) if exclude_modules else None
-    sites: dict[str, nn.Module] = {}
-    for name, module in found.items():
-        if excluded is not None and matches(name, excluded):
-            continue
-        if any(name == s or name.startswith(s + ".") for s in saved):
-            continue
-        reason = refusal(model, name, module)
-        if reason is None:
-            sites[name] = module
-        elif named:
-            raise ValueError(f"adapt: cannot adapt {name!r}: {reason}. Leave it out of target_modules.")
-        else:
-            report.layers[name] = Route((), str(tuple(getattr(module, "weight", torch.empty(0)).shape)), 0, reason)
-    if not sites:
-        reasons = "; ".join(f"{n}: {r}" for n, r in report.skipped.items())
-        raise ValueError(
-            f"adapt: no layer is left to adapt with target_modules={target_modules!r}, exclude_modules={exclude_modules!r}"
-            f"{' (' + reasons + ')' if reasons else ''}."
-        )
-    return sites
 
 
 def _attach(
