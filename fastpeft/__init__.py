@@ -20,6 +20,7 @@ from fastpeft.linear import adapted_linear
 from fastpeft.ops.dropout import dropout_mask
 from fastpeft.report import Report
 from fastpeft.swap import adapt
+from fastpeft.verify import verify
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "save_adapter",
     "train",
     "unload",
+    "verify",
 ]
 
 

@@ -65,6 +65,11 @@ def _link(module: nn.Module, value: Routing | Router) -> _Link:
     return _Link(module, key)
 
 
+def is_routed(model: nn.Module) -> bool:
+    """Whether the model was adapted with a method that routes by sequence."""
+    return _LINK in model.__dict__
+
+
 def routing_of(model: nn.Module, who: str) -> Routing:
     """Of a model adapted with moa; ValueError for another."""
     routing = model.__dict__.get(_LINK)

@@ -119,14 +119,14 @@ ROWS = [
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet", ""])
 def test_sources_agree(tmp_path, suffix):
     path = write_rows(tmp_path / f"rows{suffix}", ROWS)
-    rows, held = sources.read(str(path), "text", "label")
+    rows, held = sources.read(str(path), sources.Columns("text", "label"))
     assert (rows.texts, rows.labels, rows.dropped) == (
         ["good day", "bad, night", 'a "quoted" text\nof two lines', "fine"],
         ["yes", "no", "yes", "1"],
         1,
     )
     assert held is None
-    assert sources.read(str(path), "label", None)[0].texts == ["yes", "no", "yes", "no", "1"]
+    assert sources.read(str(path), sources.Columns("label", None))[0].texts == ["yes", "no", "yes", "no", "1"]
 
 
 def test_datasets_folder_with_class_names_and_splits(tmp_path):

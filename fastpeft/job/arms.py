@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastpeft.job.data import DOMAIN
 from fastpeft.job.errors import JobError
 from fastpeft.job.procedures import build_procedures, check_fit, without_source
 from fastpeft.job.settings import CLASSIFICATION, Settings
@@ -22,6 +23,7 @@ class Arm:
     """name: FROZEN, PEFT or FASTPEFT.   title: for tables.   note: one sentence on what this arm is.
 
     procedures: fastpeft.train's, which the method needs around each step or the user has added.
+    routed: whether the model is told the domain of each text in training.
     """
 
     name: str
@@ -29,6 +31,11 @@ class Arm:
     note: str
     model: Any
     procedures: list[Any] = field(default_factory=list)
+    routed: bool = False
+
+    def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model is called with in training."""
+        return {k: v for k, v in batch.items() if k != DOMAIN or self.routed}
 
     @property
     def trainable(self) -> int:
@@ -90,7 +97,7 @@ def _fastpeft(model: Any, new: list[str], settings: Settings) -> Arm:
         report = fastpeft.adapt(
             model,
             settings.method,
-            target_modules=_targets(settings),
+            target_modules=_own_targets(settings),
             modules_to_save=new or None,
             **settings.options,
         )
@@ -106,7 +113,7 @@ def _fastpeft(model: Any, new: list[str], settings: Settings) -> Arm:
     for p in without_source(procedures):
         note += f"; {p.HOLDS_OUT:.0%} of the training examples are {type(p).__name__}'s alone, no arm trains on them"
     note = "; ".join([note, *report.notes])
-    return Arm(FASTPEFT, f"fastpeft {settings.method}", note, model, procedures)
+    return Arm(FASTPEFT, f"fastpeft {settings.method}", note, model, procedures, settings.routed)
 
 
 def _peft(model: Any, new: list[str], settings: Settings) -> Arm:
@@ -132,6 +139,12 @@ def _targets(settings: Settings) -> str | list[str]:
     return (
         settings.target_modules if isinstance(settings.target_modules, str) else list(settings.target_modules)
     )
+
+
+def _own_targets(settings: Settings) -> str | list[str] | None:
+    """None where the folders of trained experts say which layers are adapted, unless others were asked for."""
+    folders = isinstance(settings.options.get("experts"), (Mapping, list, tuple))
+    return None if folders and settings.target_modules == "all-linear" else _targets(settings)
 
 
 def _adapter_dtype(model: nn.Module) -> str:

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.job.data import Examples
+from fastpeft.job.data import DOMAIN, Examples
 from fastpeft.job.settings import Settings
 
 
 @dataclass(frozen=True)
 class Score:
     """loss: mean per example, or per predicted token.   accuracy: share of right answers; None for language
-    modelling."""
+    modelling.   routed: share of (block, example) whose router chose the example's domain; None without routers."""
 
     loss: float
     accuracy: float | None
+    routed: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -42,9 +43,13 @@ def evaluate(model: Any, held: Examples, settings: Settings) -> Score:
     training = model.training
     model.eval()
     loss, right, count = 0.0, 0, 0
+    chosen: list[Tensor] = []
     for batch in held.in_order(2 * settings.batch_size):
         batch = {k: v.to(settings.torch_device) for k, v in batch.items()}
+        domain = batch.pop(DOMAIN, None)  # which the routers are to find out
         out = model(**batch)
+        if domain is not None:
+            chosen += [choice == domain for choice in choices_of(model)]
         labels = batch["labels"]
         n = len(labels) if held.labels is not None else int((labels[:, 1:] != -100).sum())
         loss += float(out.loss) * n
@@ -52,7 +57,16 @@ def evaluate(model: Any, held: Examples, settings: Settings) -> Score:
         if held.labels is not None:
             right += int((out.logits.argmax(-1) == labels).sum())
     model.train(training)
-    return Score(loss / count, right / count if held.labels is not None else None)
+    routed = float(torch.cat(chosen).float().mean()) if chosen else None
+    return Score(loss / count, right / count if held.labels is not None else None, routed)
+
+
+def choices_of(model: Any) -> list[Tensor]:
+    """Of each block with a router the expert of each example [batch] in the last forward; none of a model without."""
+    from fastpeft.domains import choices
+    from fastpeft.routing_hooks import is_routed
+
+    return list(choices(model).values()) if is_routed(model) else []
 
 
 @torch.no_grad()
@@ -60,6 +74,6 @@ def logits(model: Any, batch: dict[str, Tensor], settings: Settings) -> Tensor:
     """Logits of one batch in eval mode, fp32, on the CPU."""
     training = model.training
     model.eval()
-    found = model(**{k: v.to(settings.torch_device) for k, v in batch.items() if k != "labels"}).logits
+    found = model(**{k: v.to(settings.torch_device) for k, v in batch.items() if k not in ("labels", DOMAIN)}).logits
     model.train(training)
     return found.float().cpu()

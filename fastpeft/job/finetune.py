@@ -13,7 +13,7 @@ from fastpeft.job import identity, measure, memory
 from fastpeft.job.arms import FASTPEFT, Arm, arm_names, build_arms
 from fastpeft.job.data import encode, load_texts
 from fastpeft.job.errors import JobError
-from fastpeft.job.kinds import with_heads
+from fastpeft.job.kinds import with_experts, with_heads
 from fastpeft.job.loop import Trainee, train, trainee
 from fastpeft.job.models import check_length, find_model, load_tokenizer
 from fastpeft.job.outcome import ArmResult, Outcome
@@ -61,11 +61,11 @@ def finetune(settings: Settings, *, resume: bool = False, restart: bool = False)
 def _prepare(settings: Settings, run: Run) -> Job:
     source = find_model(settings)
     texts, validation = hold_out(load_texts(settings), settings)
-    settings = with_heads(settings, texts.train)
+    settings = with_experts(with_heads(settings, texts.train), texts.domains)
     tokenizer = load_tokenizer(source)
-    data = encode(texts.train, texts.train_labels, tokenizer, settings)
-    held = encode(texts.evaluation, texts.evaluation_labels, tokenizer, settings)
-    watched = encode(validation.texts, validation.labels, tokenizer, settings) if validation else None
+    data = encode(texts.train, texts.train_labels, tokenizer, settings, texts.train_domains)
+    held = encode(texts.evaluation, texts.evaluation_labels, tokenizer, settings, texts.evaluation_domains)
+    watched = encode(validation.texts, validation.labels, tokenizer, settings, validation.domains) if validation else None
     parts = {"training": data, "evaluation": held, "validation": watched}
     run.check(identity.of_examples(parts, texts.classes))
     results, reload = run.results()
@@ -124,7 +124,7 @@ def _describe_arms(job: Job, arms: list[Arm]) -> None:
     device = job.settings.torch_device
     batch = {k: v.to(device) for k, v in job.longest_batch().items()}
     for arm in arms:
-        saved = measure.step_bytes(arm.model, batch, arm.procedures)
+        saved = measure.step_bytes(arm.model, arm.inputs(batch), arm.procedures)
         job.results[arm.name] = ArmResult(arm.name, arm.title, arm.note, arm.trainable, arm.parameters, saved)
 
 
@@ -169,6 +169,7 @@ def _outcome(job: Job) -> Outcome:
             "evaluation": len(job.held),
             "validation": len(job.validation) if job.validation else 0,
             "classes": job.classes,
+            "domains": job.texts.domains,
             "majority_accuracy": job.texts.majority,
         },
         measured_batch=list(batch["input_ids"].shape),

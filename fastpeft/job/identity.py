@@ -30,7 +30,7 @@ def of_settings(settings: Settings) -> dict[str, Any]:
 
 
 def of_examples(parts: dict[str, Examples | None], classes: list[str] | None) -> dict[str, Any]:
-    """A digest per part of the data, of its token ids and labels, and the class names."""
+    """A digest per part of the data, of its token ids, labels and domains, and the class names."""
     return {f"{name} examples": _digest(part) for name, part in parts.items()} | {"classes": classes}
 
 
@@ -50,7 +50,8 @@ def _digest(part: Examples | None) -> str | None:
         return None
     h = hashlib.sha256()
     for k, ids in enumerate(part.ids):
-        h.update(f"{ids} {part.labels[k] if part.labels is not None else None}\n".encode())
+        domain = "" if part.domains is None else f" {part.domains[k]}"
+        h.update(f"{ids} {part.labels[k] if part.labels is not None else None}{domain}\n".encode())
     return h.hexdigest()
 
 

@@ -124,7 +124,7 @@ def train_step(t: Trainee, batch: dict[str, Tensor], lr: float, settings: Settin
     Within the trainee's runner, if it has one.
     Raises JobError (code 1), before any parameter moves, if the loss is not finite.
     """
-    loss = t.arm.model(**batch).loss
+    loss = t.arm.model(**t.arm.inputs(batch)).loss
     value = float(loss.detach())
     if not math.isfinite(value):
         raise JobError(

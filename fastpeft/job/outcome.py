@@ -201,6 +201,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             "kept_epochs": a.kept_epochs,
             "validation_loss_per_seed": [None if s is None else s.losses for s in a.stopping],
         }
+        if any(s.routed is not None for seed in a.scores for s in seed):
+            row["router_accuracy_per_seed"] = [[s.routed for s in seed] for seed in a.scores]
         if any(a.histories):
             row["progress_per_seed"] = [{kind: h.changes for kind, h in seed.items()} for seed in a.histories]
         arms.append(row)

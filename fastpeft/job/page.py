@@ -141,7 +141,7 @@ def _reading(outcome: Outcome) -> list[str]:
         each = ", ".join(f"{d:+.3f}" for d in differences)
         over = f" (standard deviation {spread:.3f}; per seed {each})" if spread is not None else ""
         lines.append(f"- fastpeft minus PEFT in {outcome.metric}: {mean:+.3f}{over}.")
-    lines += [_gaps(outcome), *_stopping(outcome)]
+    lines += [_gaps(outcome), *_stopping(outcome), *_routing(outcome)]
     r = outcome.reload
     through = "" if r.peft is None else f", and of {r.peft:.1e} when stock PEFT loads it"
     lines.append(
@@ -150,6 +150,21 @@ def _reading(outcome: Outcome) -> list[str]:
         f"difference of {r.fastpeft:.1e} from the trained model's{through} (largest logit {r.scale:.2f})."
     )
     return lines
+
+
+def _routing(outcome: Outcome) -> list[str]:
+    """How often the routers choose the domain of an evaluation text, where the method has routers."""
+    ours = outcome.arm(FASTPEFT)
+    shares = [] if ours is None else [s[e].routed for s, e in zip(ours.scores, ours.kept_epochs, strict=True)]
+    found = [share for share in shares if share is not None]
+    if not found:
+        return []
+    mean, spread = measure.mean_and_spread(found)
+    domains = outcome.data["domains"]
+    return [
+        f"- Routers: in {mean:.3f}{'' if spread is None else f' ± {spread:.3f}'} of all (block, evaluation text) the router chooses the text's own domain, one of "
+        f"{len(domains)} ({', '.join(domains)}). They are not told it; in training each text uses its domain's expert."
+    ]
 
 
 def _gaps(outcome: Outcome) -> str:

@@ -40,6 +40,7 @@ class Settings:
     task: str = CLASSIFICATION
     text_column: str = "text"
     label_column: str = "label"
+    domain_column: str = "domain"
     method: str = "lora"
     options: Mapping[str, Any] = field(default_factory=dict)
     target_modules: str | tuple[str, ...] = "all-linear"
@@ -71,8 +72,12 @@ class Settings:
         return asdict(self)
 
     def check(self) -> None:
-        """Raise JobError for a value out of range, an output folder that cannot be written, a method that
-        does not exist."""
+        """check_values, and JobError for an output folder that cannot be written."""
+        self.check_values()
+        self._check_output()
+
+    def check_values(self) -> None:
+        """Raise JobError for a value out of range, a library that is missing, a method that does not exist."""
         for name, value in (("epochs", self.epochs), ("batch-size", self.batch_size)):
             if value < 1:
                 raise JobError(f"finetune: --{name} {value}; it must be at least 1.")
@@ -103,7 +108,6 @@ class Settings:
             require("the comparison (--no-compare leaves it out)", "peft")
         self.check_device()
         self._check_method()
-        self._check_output()
 
     def _check_stopping(self) -> None:
         if self.save_every < 0:
@@ -137,11 +141,6 @@ class Settings:
             check_options([self.method], self.options)
         except ValueError as e:
             raise JobError(str(e)) from None
-        if get_recipe(self.method).cls.ROUTED:
-            raise JobError(
-                f"finetune: --method {self.method}: its routers learn from the domain of each text, which no column gives here; train it in "
-                "Python, with model(..., domain=...) and fastpeft.train.MoARouting."
-            )
         own = get_recipe(self.method).cls.PROCEDURE
         build_procedures([*([own] if own else []), *self.procedures], self.procedure_options)
 
@@ -155,6 +154,13 @@ class Settings:
             raise JobError(
                 f"finetune: --output {self.output}: cannot write there ({e.strerror or e})."
             ) from None
+
+    @property
+    def routed(self) -> bool:
+        """Whether the method's routers learn the domains of the texts."""
+        from fastpeft.registry import get_recipe
+
+        return get_recipe(self.method).cls.ROUTED
 
     @property
     def own_lr(self) -> float:

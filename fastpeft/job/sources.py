@@ -19,17 +19,30 @@ _HELD_OUT = ("validation", "test", "dev", "eval")
 
 @dataclass(frozen=True)
 class Rows:
-    """Texts and their labels (None where no label column was asked for); dropped: how many rows had an empty
-    text."""
+    """Texts, their labels and their domains (None where no such column was asked for); dropped: how many rows had an
+    empty text."""
 
     texts: list[str]
     labels: list[str] | None
     dropped: int = 0
+    domains: list[str] | None = None
 
 
-def read(
-    source: str, text_column: str, label_column: str | None, *, which: str = "--data"
-) -> tuple[Rows, Rows | None]:
+@dataclass(frozen=True)
+class Columns:
+    """The names of those that are read; None: there is no such thing to read."""
+
+    text: str
+    label: str | None
+    domain: str | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        """Those whose values are names of classes."""
+        return [c for c in (self.label, self.domain) if c is not None]
+
+
+def read(source: str, columns: Columns, *, which: str = "--data") -> tuple[Rows, Rows | None]:
     """The rows of a source, and its held-out rows where the source itself names a split for that.
 
     source: path of a .csv, .tsv, .jsonl, .json (list of objects) or .parquet file; folder of
@@ -39,12 +52,12 @@ def read(
     """
     path = Path(source)
     if path.is_file():
-        return _rows(_records(path, which), source, text_column, label_column, which), None
+        return _rows(_records(path, which), source, columns, which), None
     if path.is_dir():
-        return _from_datasets(_load_folder(source, which), source, text_column, label_column, which)
+        return _from_datasets(_load_folder(source, which), source, columns, which)
     if path.suffix.lower() in _FILES or source.startswith((".", os.sep, "~")) or source.count("/") > 1:
         raise JobError(f"finetune: {which} {source}: no such file or folder.")
-    return _from_datasets(_load_name(source, which), source, text_column, label_column, which)
+    return _from_datasets(_load_name(source, which), source, columns, which)
 
 
 def _records(path: Path, which: str) -> list[dict[str, Any]]:
@@ -150,63 +163,54 @@ def _load_name(source: str, which: str) -> Any:
         ) from None
 
 
-def _from_datasets(
-    loaded: Any, source: str, text_column: str, label_column: str | None, which: str
-) -> tuple[Rows, Rows | None]:
+def _from_datasets(loaded: Any, source: str, columns: Columns, which: str) -> tuple[Rows, Rows | None]:
     splits = dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
     train = "train" if "train" in splits else next(iter(splits))
     held = next((s for s in _HELD_OUT if s in splits and s != train), None)
-    found = [
-        _rows(_records_of(splits[s], label_column), source, text_column, label_column, which)
-        for s in (train, held)
-        if s
-    ]
+    found = [_rows(_records_of(splits[s], columns), source, columns, which) for s in (train, held) if s]
     return found[0], found[1] if len(found) > 1 else None
 
 
-def _records_of(dataset: Any, label_column: str | None) -> list[dict[str, Any]]:
+def _records_of(dataset: Any, columns: Columns) -> list[dict[str, Any]]:
     """Rows with class numbers replaced by the class names that the data set declares; -1 (unlabelled) becomes
     None."""
-    feature = dataset.features.get(label_column) if label_column else None
-    names: Sequence[str] | None = getattr(feature, "names", None)
     records: list[dict[str, Any]] = dataset.to_list()
-    if names is not None and label_column is not None:
-        for record in records:
-            value = record[label_column]
-            record[label_column] = None if value is None or value < 0 else names[value]
+    for column in columns.classes:
+        names: Sequence[str] | None = getattr(dataset.features.get(column), "names", None)
+        for record in records if names is not None else ():
+            value = record[column]
+            record[column] = None if value is None or value < 0 else names[value]  # type: ignore[index]
     return records
 
 
-def _rows(
-    records: list[dict[str, Any]], source: str, text_column: str, label_column: str | None, which: str
-) -> Rows:
+def _rows(records: list[dict[str, Any]], source: str, columns: Columns, which: str) -> Rows:
     if not records:
         raise JobError(f"finetune: {which} {source}: it has no rows.")
-    for column, option in ((text_column, "--text-column"), (label_column, "--label-column")):
+    for column, option in ((columns.text, "--text-column"), (columns.label, "--label-column"), (columns.domain, "--domain-column")):
         if column is not None and column not in records[0]:
             raise JobError(
                 f"finetune: {which} {source}: no column {column!r}; its columns are "
                 f"{', '.join(map(str, records[0]))}. "
                 f"Name one with {option}."
             )
-    texts, labels = [], []
+    texts: list[str] = []
+    found: dict[str, list[str]] = {column: [] for column in columns.classes}
     for number, record in enumerate(records, 1):
-        text = record.get(text_column)
+        text = record.get(columns.text)
         if text is not None and not isinstance(text, str):
             raise JobError(
-                f"finetune: {which} {source}: row {number}: {text_column!r} is a {type(text).__name__}; it "
+                f"finetune: {which} {source}: row {number}: {columns.text!r} is a {type(text).__name__}; it "
                 "must be text."
             )
         if not text or not text.strip():
             continue
-        if label_column is not None:
-            labels.append(
-                _label(record.get(label_column), f"{which} {source}: row {number}: {label_column!r}")
-            )
+        for column, own in found.items():
+            own.append(_label(record.get(column), f"{which} {source}: row {number}: {column!r}"))
         texts.append(text)
     if not texts:
-        raise JobError(f"finetune: {which} {source}: every row's {text_column!r} is empty.")
-    return Rows(texts, labels if label_column is not None else None, len(records) - len(texts))
+        raise JobError(f"finetune: {which} {source}: every row's {columns.text!r} is empty.")
+    labels, domains = (None if c is None else found[c] for c in (columns.label, columns.domain))
+    return Rows(texts, labels, len(records) - len(texts), domains)
 
 
 def _label(value: Any, where: str) -> str:

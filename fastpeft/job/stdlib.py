@@ -19,6 +19,8 @@ from fastpeft.job.errors import JobError
 
 # eight packages that exist in every Python from 3.11 to 3.14 and have about as many documented objects each
 PACKAGES = ("asyncio", "email", "importlib", "logging", "xml", "multiprocessing", "unittest", "http")
+# what they are about, for a method that trains an expert for each
+DOMAINS = {"concurrency": ("asyncio", "multiprocessing"), "formats": ("email", "http", "xml"), "tools": ("importlib", "logging", "unittest")}
 MAX_CHARACTERS = 600
 # "See it." says nothing about its package once the name is masked
 MIN_WORDS = 3

@@ -134,9 +134,9 @@ def load_trained(folder: Folder, classes: Sequence[str] | None = None) -> Traine
     if classes is not None:
         texts, validation = _in_order(texts, validation, classes)
     tokenizer = load_tokenizer(source)
-    data = encode(texts.train, texts.train_labels, tokenizer, settings)
-    held = encode(texts.evaluation, texts.evaluation_labels, tokenizer, settings)
-    unseen = encode(validation.texts, validation.labels, tokenizer, settings) if validation else None
+    data = encode(texts.train, texts.train_labels, tokenizer, settings, texts.train_domains)
+    held = encode(texts.evaluation, texts.evaluation_labels, tokenizer, settings, texts.evaluation_domains)
+    unseen = encode(validation.texts, validation.labels, tokenizer, settings, validation.domains) if validation else None
     _same(folder, identity.of_examples({"training": data, "evaluation": held, "validation": unseen}, texts.classes))
     pad, seed = tokenizer.pad_token_id, settings.seeds[0]
     model, new = load_model(source, settings, classes=texts.classes, pad=pad, seed=seed)

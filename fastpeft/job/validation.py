@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fastpeft.job.data import Texts
+from fastpeft.job.data import Texts, taken
 from fastpeft.job.errors import JobError
 from fastpeft.job.settings import Settings
 from fastpeft.job.split import near_copies, same_text, split
@@ -12,11 +12,12 @@ from fastpeft.job.split import near_copies, same_text, split
 
 @dataclass(frozen=True)
 class Validation:
-    """texts and class numbers (None for language modelling) that no arm trains on and no figure is reported
-    for."""
+    """texts, class numbers (None for language modelling) and domains (None without) that no arm trains on and no figure
+    is reported for."""
 
     texts: list[str]
     labels: list[int] | None
+    domains: list[int] | None = None
 
 
 def together(texts: Texts, settings: Settings) -> list[int]:
@@ -40,11 +41,12 @@ def hold_out(texts: Texts, settings: Settings) -> tuple[Texts, Validation | None
             "stopping; give more rows, or train without --patience."
         )
     note = f", {len(held)} of the training examples held out for early stopping"
-    labels = texts.train_labels
+    labels, domains = texts.train_labels, texts.train_domains
     rest = replace(
         texts,
         train=[texts.train[k] for k in train],
-        train_labels=labels and [labels[k] for k in train],
+        train_labels=taken(labels, train),
+        train_domains=taken(domains, train),
         description=texts.description + note,
     )
-    return rest, Validation([texts.train[k] for k in held], labels and [labels[k] for k in held])
+    return rest, Validation([texts.train[k] for k in held], taken(labels, held), taken(domains, held))

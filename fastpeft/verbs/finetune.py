@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--task", choices=TASKS, default=d.task, help="default: %(default)s")
     what.add_argument("--text-column", default=d.text_column, help="default: %(default)s")
     what.add_argument("--label-column", default=d.label_column, help="default: %(default)s")
+    what.add_argument("--domain-column", default=d.domain_column, help="of a method whose routers learn domains (moa); default: %(default)s")
     add_method(parser)
     _add_procedures(parser)
     add(
@@ -128,6 +129,7 @@ def run(arguments: argparse.Namespace) -> None:
         "task",
         "text_column",
         "label_column",
+        "domain_column",
         "method",
         "epochs",
         "batch_size",
