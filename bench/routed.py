@@ -1,6 +1,6 @@
-"""Routed adapters on three domains of the built-in text: python -m bench.routed [--pilot] [--seeds 0 1 2] [--plot].
+"""Routed adapters on three domains of text: python -m bench.routed [--pilot] [--seeds 0 1 2] [--plot].
 
-A domain is a group of packages of one field (fastpeft.job.stdlib.DOMAINS), a text's label the number of its package *within* its
+Domains are docstrings, comments and code of the standard library (bench.forms), a text's label the number of its package *within* its
 domain: every domain gives the same three answers another meaning, as tasks that share one vocabulary do. All arms start from one
 model whose head was trained on the mixture over the frozen encoder; after that only adapters train. Arms, one line each to
 bench/results/routed.jsonl with accuracy per domain and on all held-out texts (the mixture):
@@ -20,7 +20,7 @@ import argparse
 import copy
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,9 @@ import torch
 
 import fastpeft
 from bench.machine import RESULTS, emit, read_rows
+from bench.mixture import ALL, DOMAINS, Bench
 from fastpeft.domains import choices
-from fastpeft.job import stdlib
-from fastpeft.job.arms import FASTPEFT, FROZEN, build_arms
-from fastpeft.job.data import Examples, encode, load_texts
-from fastpeft.job.evaluate import evaluate
-from fastpeft.job.loop import is_own, train, trainee
-from fastpeft.job.models import find_model, load_model, load_tokenizer
+from fastpeft.job.loop import is_own
 from fastpeft.job.settings import Settings
 
 FILE = RESULTS / "routed.jsonl"
@@ -50,52 +46,6 @@ MIXTURE: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA 10": ("lora", {"rank": 10, "alpha": 20}),
     "HydraLoRA": ("hydralora", HYDRA),
 }
-DOMAINS = tuple(stdlib.DOMAINS)
-ALL = "mixture"
-
-
-class Bench:
-    """Model source and data, loaded once per process. data, held: domain -> examples, and ALL of them."""
-
-    def __init__(self, base: Settings):
-        torch.set_num_threads(base.thread_count)
-        self.base, self.source = base, find_model(base)
-        tokenizer = load_tokenizer(self.source)
-        self.pad = tokenizer.pad_token_id
-        texts = load_texts(replace(base, method="moa"))
-        assert texts.classes and texts.domains and texts.train_labels and texts.evaluation_labels
-        inside = [next(own.index(c) for own in stdlib.DOMAINS.values() if c in own) for c in texts.classes]
-        self.classes = [f"answer {k}" for k in range(max(inside) + 1)]
-        assert tuple(texts.domains) == DOMAINS
-        sides = ((texts.train, texts.train_labels, texts.train_domains), (texts.evaluation, texts.evaluation_labels, texts.evaluation_domains))
-        self.data, self.held = (_by_domain(encode(t, [inside[y] for y in ys], tokenizer, base, ds)) for t, ys, ds in sides)
-
-    def start(self, seed: int) -> Any:
-        """The model with a head trained on the mixture, nothing else; it does not train any further."""
-        model, new = load_model(self.source, self.base, classes=self.classes, pad=self.pad, seed=seed)
-        settings = replace(self.base, lr=HEAD_LR)
-        [arm] = build_arms([FROZEN], model, new, settings, seed=seed)
-        train([trainee(arm, settings)], self.data[ALL], self.held[ALL], settings, seed=seed)
-        return arm.model.requires_grad_(False)
-
-    def fit(self, model: Any, method: str, options: Mapping[str, Any], data: Examples, held: Examples, lr: float, seed: int, epochs: int) -> Any:
-        """A copy of the model, adapted and trained."""
-        settings = replace(self.base, method=method, options=dict(options), lr=lr, adapter_lr=lr, epochs=epochs)
-        [arm] = build_arms([FASTPEFT], copy.deepcopy(model), [], settings, seed=seed)
-        train([trainee(arm, settings)], data, held, settings, seed=seed)
-        return arm.model
-
-    def judge(self, model: Any) -> dict[str, Any]:
-        """accuracy and loss per domain and on the mixture, and the routers' accuracy where there are some."""
-        scores = {name: evaluate(model, part, self.base) for name, part in self.held.items()}
-        found: dict[str, Any] = {"accuracy": {n: s.accuracy for n, s in scores.items()}, "loss": {n: s.loss for n, s in scores.items()}}
-        return found if scores[ALL].routed is None else found | {"router": {n: s.routed for n, s in scores.items()}}
-
-
-def _by_domain(data: Examples) -> dict[str, Examples]:
-    assert data.domains is not None
-    parts = {name: data.part([k for k, d in enumerate(data.domains) if d == z]) for z, name in enumerate(DOMAINS)}
-    return parts | {ALL: data}
 
 
 def mixture(bench: Bench, title: str, lr: float, seed: int, start: Any) -> None:
@@ -233,14 +183,14 @@ def main() -> None:
         bench = Bench(Settings(compare=False, threads=args.threads, quick=args.quick, epochs=1 if args.quick else EPOCHS, max_length=MAX_LENGTH))
         done = {(r["arm"], r["seed"], r.get("lr")) for r in read()}
         if args.pilot:
-            start = bench.start(PILOT_SEED)
+            start = bench.with_trained_head(PILOT_SEED, HEAD_LR)
             for title in MIXTURE:
                 for lr in LRS:
                     if (title, PILOT_SEED, lr) not in done:
                         mixture(bench, title, lr, PILOT_SEED, start)
         rates = dict.fromkeys(MIXTURE, LRS[1]) if args.quick else best_rates(read())
         for seed in args.seeds or ([0] if args.quick else []):
-            start = bench.start(seed)
+            start = bench.with_trained_head(seed, HEAD_LR)
             if ("MoA", seed, ROUTER_LR) not in done:
                 experts(bench, rates["LoRA 8"], seed, start)
             for title, lr in rates.items():
