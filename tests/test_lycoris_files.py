@@ -1,4 +1,4 @@
-"""LyCORIS' LoHa and LoKr files, written by LyCORIS, give the same logits here; damaged or foreign ones change nothing."""
+"""LyCORIS' LoRA, DoRA, LoHa and LoKr files, written by LyCORIS, give the same logits here; damaged or foreign ones change nothing."""
 
 from __future__ import annotations
 
@@ -61,6 +61,7 @@ def written(
             model, network_module=kind, warn_on_unmatched=False, **({"lora_dim": 3, "alpha": 2} | options)
         )
     net.apply_to()
+    net.double()  # DoRA's magnitudes, which it makes in fp32
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in net.parameters():
@@ -70,6 +71,11 @@ def written(
 
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("locon", {}),
+    "lora, rs_lora": ("locon", {"alpha": 5, "rs_lora": True}),
+    "lora, scalar": ("locon", {"use_scalar": True}),
+    "lora, layers": ("locon", {"layers": {".*query": {"dim": 2, "alpha": 9}, ".*1.*value": {"dim": 5}}}),
+    "dora": ("locon", {"weight_decompose": True, "wd_on_output": True}),
     "loha": ("loha", {}),
     "loha, alpha above the rank": ("loha", {"alpha": 7.3}),
     "loha, rs_lora": ("loha", {"alpha": 5, "rs_lora": True}),
@@ -111,9 +117,10 @@ def test_a_file_gives_lycoris_logits(case: str, tmp_path: Path) -> None:
     check_logits(case, tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not re.search("layers|unbalanced|scalar|beyond", c)])
+@pytest.mark.parametrize("case", [c for c in CASES if not re.search("layers|unbalanced|scalar|beyond|dora", c)])
 def test_lycoris_reads_its_file_as_we_do(case: str, tmp_path: Path) -> None:
-    """Its reader finds the options in another way; where it stops (unbalanced, a factor beyond the root), ours goes on."""
+    """Its reader finds the options in another way; where it stops (unbalanced, a factor beyond the root), ours goes on.
+    DoRA's magnitudes it rounds to fp32 there, so only its own network is held against ours."""
     kind, options = CASES[case]
     path, theirs, ours = tmp_path / "a.safetensors", bert(), bert()
     written(bert(), path, kind, **options)
@@ -341,10 +348,16 @@ DAMAGE = [
     ("lokr", put("lokr_w2", torch.ones(8, 8)), r"it has lokr_w1, lokr_w2, lokr_w2_a, lokr_w2_b"),
     ("loha", put("lokr_w1", torch.ones(4, 4)), r"self_query: it has .*lokr_w1; needed are"),
     ("loha", lambda t: t.update({"lycoris_bert_other.alpha": torch.ones(())}), r"bert_other: it has an alpha only"),
-    ("loha", put("dora_scale", torch.ones(32, 1)), r"dora_scale \(weight decomposition is not supported\)"),
+    ("loha", put("dora_scale", torch.ones(32, 1)), r"self_query: it has dora_scale, hada_.*; needed are"),
+    ("locon", put("dora_scale", torch.ones(1, 32)), r"self_query: dora_scale is \(1, 32\), needed one number per output"),
+    ("locon", put("dora_scale", torch.ones(32, 1).double()), r"holds 2 methods.*'dora': .*'lora'"),
+    ("locon", drop("lora_up.weight"), r"self_query: it has lora_down.weight; needed are lora_down.weight and lora_up.weight"),
+    ("locon", put("lora_mid.weight", torch.ones(3, 3, 1, 1)), r"lora_mid.weight \(Tucker"),
+    ("locon", changed("lora_down.weight", lambda p: p[:, :-1]), r"wrong shape: .*lora_down.weight"),
+    ("locon", changed("lora_up.weight", lambda p: p * float("nan")), r"NaN or Inf: .*lora_up.weight"),
     ("loha", put("hada_t1", torch.ones(3, 3, 3, 3)), r"hada_t1 \(Tucker"),
     ("lokr", put("lokr_t2", torch.ones(3, 3, 3, 3)), r"lokr_t2 \(Tucker"),
-    ("loha", put("lora_up.weight", torch.ones(3, 3)), r"not understood: .*lora_up.weight"),
+    ("loha", put("lora_up.weight", torch.ones(3, 3)), r"self_query: it has .*lora_up.weight; needed are"),
     ("loha", changed("hada_w1_b", lambda p: p[..., None, None]), r"hada_w1_b is \(3, 32, 1, 1\).*convolutions"),
     ("loha", changed("hada_w1_a", torch.t), r"wrong shape: .*hada_w1_a is \(3, 32\), needed \(32, 3\)"),
     ("loha", changed("hada_w2_b", lambda p: p[:, :-1]), r"wrong shape: .*hada_w2_b"),
@@ -362,7 +375,7 @@ DAMAGE = [
     ("loha", lambda t: t.update({k.replace("query", "nowhere"): v.clone() for k, v in t.items() if "0_attention_self_query" in k}), r"BertFor\w+ lacks: .*nowhere"),
     ("loha", lambda t: t.update({k.replace(QUERY, "lycoris_bert_embeddings_LayerNorm"): v.clone() for k, v in t.items() if QUERY in k}), r"LayerNorm\); only linear"),
     ("loha", put("alpha", torch.tensor([])), r"self_query: alpha is \[\]"),
-    ("loha", lambda t: other_kind(t, "lokr_w1", "lokr_w2"), r"holds two methods"),
+    ("loha", lambda t: other_kind(t, "lokr_w1", "lokr_w2"), r"holds 2 methods"),
     ("loha", lambda t: t.clear(), r"holds no tensor"),
     ("loha", lambda t: (t.clear(), t.update({"base_model.model.bert.pooler.dense.hada_w1_a": torch.ones(2, 2)})), r"not understood: base_model.*give the folder to load_adapter"),
 ]  # fmt: skip

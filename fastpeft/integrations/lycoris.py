@@ -1,9 +1,10 @@
-"""LyCORIS' LoHa and LoKr files: one .safetensors without a config. adapt's options are read off names, shapes and alphas.
+"""LoRA, DoRA, LoHa and LoKr files of kohya's sd-scripts and LyCORIS: one .safetensors without a config. adapt's options are read off names,
+shapes and alphas.
 
-A key is `<prefix>_<module name with _ for .>.<leaf>`; the leaves of a layer are `alpha` and hada_w1_a, hada_w1_b, hada_w2_a,
-hada_w2_b (LoHa) or lokr_w1, or lokr_w1_a and lokr_w1_b, and the same for w2 (LoKr). The scale is alpha / rank: LyCORIS stores
-alpha * sqrt(rank) where it trained with rs_lora. An alpha that is zero or absent is the rank. LoKr with both halves whole has
-scale 1 whatever its alpha says, as LyCORIS reads it. LyCORIS itself is not imported.
+A key is `<prefix>_<module name with _ for .>.<leaf>`; the leaves of a layer are `alpha` and lora_down.weight, lora_up.weight (LoRA), with them
+dora_scale [out, 1] (DoRA), hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b (LoHa) or lokr_w1, or lokr_w1_a and lokr_w1_b, and the same for w2
+(LoKr). The scale is alpha / rank: LyCORIS stores alpha * sqrt(rank) where it trained with rs_lora. An alpha that is zero or absent is the
+rank. LoKr with both halves whole has scale 1 whatever its alpha says, as LyCORIS reads it. LyCORIS itself is not imported.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from fastpeft.swap import adapt
 from fastpeft.targets import is_linear_layer
 
 _STEMS = {"loha": "hada_", "lokr": "lokr_"}
+# parameter -> leaf
+_LORA = {"A": "lora_down.weight", "B": "lora_up.weight"}
+_LEAF = {"lora": _LORA, "dora": _LORA | {"m": "dora_scale"}}
 # what one layer holds: LoHa's four, or LoKr's two halves, each whole or low-rank
 _LOHA = {f"hada_w{half}_{side}" for half in (1, 2) for side in "ab"}
 _W1, _W2 = ([{f"lokr_w{half}"}, {f"lokr_w{half}_a", f"lokr_w{half}_b"}] for half in (1, 2))
-_COMPLETE = [_LOHA, *(w1 | w2 for w1 in _W1 for w2 in _W2)]
+_COMPLETE = [*(set(leaves.values()) for leaves in _LEAF.values()), _LOHA, *(w1 | w2 for w1 in _W1 for w2 in _W2)]
 _LEAVES = {"alpha"}.union(*_COMPLETE)
 _REFUSED = {
-    "dora_scale": "weight decomposition is not supported",
+    "lora_mid.weight": "Tucker factors belong to convolutions",
     **{
         f"{stem}t{half}": "Tucker factors belong to convolutions"
         for stem in _STEMS.values()
@@ -46,7 +50,7 @@ _REFUSED = {
 
 
 def load_lycoris(model: nn.Module, file: str | os.PathLike[str], *, prefix: str = "lycoris") -> Report:
-    """Adapt `model` as LyCORIS' LoHa or LoKr file says (flavor="lycoris") and load its values; returns adapt's Report.
+    """Adapt `model` as a LoRA, DoRA, LoHa or LoKr file of kohya or LyCORIS says and load its values; returns adapt's Report.
 
     prefix: a layer is called <prefix>_<module name with _ for .> in the file.
     16-bit tensors are widened to the adapter's fp32 without loss. A layer of the file that the model lacks is an error, a
@@ -60,16 +64,17 @@ def load_lycoris(model: nn.Module, file: str | os.PathLike[str], *, prefix: str 
         raise FileNotFoundError(f"load_lycoris: {path} does not exist; give LyCORIS' .safetensors file.")
     _, tensors = open_weights(path)
     kind, layers = _layers(model, tensors, prefix, path)
-    options = _loha(layers) if kind == "loha" else _lokr(layers, path)
+    options = _OPTIONS[kind](layers, path)
     targets = "|".join(re.escape(layer.name) for layer in layers)
     with torch.random.fork_rng():
         try:
-            report = adapt(model, kind, target_modules=targets, flavor="lycoris", **options)
+            report = adapt(model, kind, target_modules=targets, **options)
         except (ValueError, TypeError) as e:
             raise CheckpointError(f"load_lycoris: {path} does not fit this model: {e}") from e
     try:
         live = {key: p for layer in layers for key, p in _live(model, layer, kind)}
-        check_tensors(live, {k: t for k, t in tensors.items() if not k.endswith(".alpha")}, path, {})
+        tensors = {k: _magnitude(k, t, tensors) for k, t in tensors.items() if not k.endswith(".alpha")}
+        check_tensors(live, tensors, path, {})
     except ValueError:
         unload(model)
         raise
@@ -91,8 +96,17 @@ class _Layer:
 
 def _live(model: nn.Module, layer: _Layer, kind: str) -> Iterator[tuple[str, Tensor]]:
     adapter: Any = model.get_submodule(layer.name).adapter
-    for leaf, p in adapter.get_submodule(kind).named_parameters():
-        yield f"{layer.key}.{_STEMS[kind]}{leaf}", p
+    for name, p in adapter.get_submodule(kind).named_parameters():
+        yield f"{layer.key}.{_LEAF[kind][name] if kind in _LEAF else _STEMS[kind] + name}", p
+
+
+def _magnitude(key: str, t: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """DoRA's magnitudes are [out, 1] in the file and [out] here; LyCORIS keeps them in fp32 beside factors that may be wider."""
+    head, _, leaf = key.partition(".")
+    if leaf != "dora_scale":
+        return t
+    wide = torch.promote_types(t.dtype, tensors[f"{head}.{_LORA['B']}"].dtype)
+    return t.flatten().to(wide)
 
 
 def _layers(
@@ -110,7 +124,7 @@ def _layers(
     if strange or not found:
         raise CheckpointError(
             f"load_lycoris: {path} holds {f'keys that are not understood: {some(strange)}' if strange else 'no tensor'}; "
-            f"needed are {prefix}_<module>.alpha and .hada_... or .lokr_... of linear layers. Give another prefix if its names "
+            f"needed are {prefix}_<module>.alpha and .lora_..., .hada_... or .lokr_... of linear layers. Give another prefix if its names "
             "begin otherwise; for an adapter folder of fastpeft or PEFT, give the folder to load_adapter."
         )
     problems = [f"{head}: {p}" for head, leaves in found.items() if (p := _problem(leaves))]
@@ -118,17 +132,24 @@ def _layers(
         raise CheckpointError(
             f"load_lycoris: {path} is damaged or no file of linear layers: {'; '.join(problems[:6])}."
         )
-    kinds = {head: "loha" if leaves.keys() & _LOHA else "lokr" for head, leaves in found.items()}
+    kinds = {head: _kind(leaves) for head, leaves in found.items()}
     if len(set(kinds.values())) > 1:
-        split = {kind: some([head for head in found if kinds[head] == kind]) for kind in _STEMS}
+        split = {kind: some([head for head in found if kinds[head] == kind]) for kind in sorted(set(kinds.values()))}
         raise CheckpointError(
-            f"load_lycoris: {path} holds two methods, and adapt gives all layers one: {split}. Split the file."
+            f"load_lycoris: {path} holds {len(split)} methods, and adapt gives all layers one: {split}. Split the file."
         )
     names = _modules(model, list(found), prefix, path)
     layers = [
         _Layer(head, names[head], leaves, _alpha(leaves.pop("alpha", None))) for head, leaves in found.items()
     ]
     return next(iter(kinds.values())), layers
+
+
+def _kind(leaves: Mapping[str, Tensor]) -> str:
+    """The recipe of a layer with these leaves."""
+    if leaves.keys() & set(_LORA.values()):
+        return "dora" if "dora_scale" in leaves else "lora"
+    return "loha" if leaves.keys() & _LOHA else "lokr"
 
 
 def _problem(leaves: Mapping[str, Tensor]) -> str | None:
@@ -141,6 +162,9 @@ def _problem(leaves: Mapping[str, Tensor]) -> str | None:
             return f"{leaf} is {tuple(leaves[leaf].shape)}, needed two dimensions (convolutions are not supported)"
         if not leaves[leaf].numel():
             return f"{leaf} is {tuple(leaves[leaf].shape)}, and holds nothing"
+    scale = leaves.get("dora_scale")
+    if scale is not None and tuple(scale.shape) != (leaves["lora_up.weight"].shape[0], 1):
+        return f"dora_scale is {tuple(scale.shape)}, needed one number per output, [out, 1] (LyCORIS' wd_on_out)"
     alpha = leaves.get("alpha", torch.ones(()))
     if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
         return f"alpha is {alpha.tolist()}, needed one finite number"
@@ -148,8 +172,13 @@ def _problem(leaves: Mapping[str, Tensor]) -> str | None:
 
 
 def _needed(own: Set[str]) -> str:
+    lora = f"{' and '.join(_LORA.values())} (and dora_scale)"
     loha, lokr = ", ".join(sorted(_LOHA)), "lokr_w1 or lokr_w1_a and lokr_w1_b, and the same of lokr_w2"
-    return loha if own and own <= _LOHA else lokr if own and not own & _LOHA else f"{loha}, or {lokr}"
+    of_lora = {*_LORA.values(), "dora_scale"}
+    for needed, leaves in ((lora, of_lora), (loha, _LOHA), (lokr, _LEAVES - of_lora - _LOHA)):
+        if own and own <= leaves:
+            return needed
+    return f"{lora}, or {loha}, or {lokr}"
 
 
 def _alpha(alpha: Tensor | None) -> float | None:
@@ -188,8 +217,13 @@ def _scale(layers: list[_Layer], ranks: Mapping[str, int]) -> dict[str, Any]:
     return per_layer("rank", ranks) | per_layer("alpha", alphas)
 
 
-def _loha(layers: list[_Layer]) -> dict[str, Any]:
-    return _scale(layers, {layer.name: layer.leaves["hada_w1_b"].shape[0] for layer in layers})
+def _lora(layers: list[_Layer], path: Path) -> dict[str, Any]:
+    return _scale(layers, {layer.name: layer.leaves["lora_down.weight"].shape[0] for layer in layers})
+
+
+def _loha(layers: list[_Layer], path: Path) -> dict[str, Any]:
+    ranks = {layer.name: layer.leaves["hada_w1_b"].shape[0] for layer in layers}
+    return _scale(layers, ranks) | {"flavor": "lycoris"}
 
 
 @dataclass(frozen=True)
@@ -257,7 +291,7 @@ def _lokr(layers: list[_Layer], path: Path) -> dict[str, Any]:
             f"load_lycoris: {path} holds LoKr layers that adapt's options do not give together with the others (factor, unbalanced "
             f"and decompose_both are one for all layers; tried {factor=}, {unbalanced=}, decompose_both={both}): {'; '.join(odd)}."
         )
-    shared = {"factor": factor, "unbalanced": unbalanced, "decompose_both": both}
+    shared = {"factor": factor, "unbalanced": unbalanced, "decompose_both": both, "flavor": "lycoris"}
     scaled = [layer for layer in layers if halves[layer.name].rank is not None]
     return shared | (_scale(scaled, ranks) if scaled else {"full_matrix": True})
 
@@ -278,3 +312,6 @@ def _splitting(halves: list[_Halves]) -> tuple[int, bool]:
             if fits > score:
                 best, score = (factor, unbalanced), fits
     return best
+
+
+_OPTIONS = {"lora": _lora, "dora": _lora, "loha": _loha, "lokr": _lokr}
