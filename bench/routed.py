@@ -36,7 +36,7 @@ from fastpeft.job.settings import Settings
 
 FILE = RESULTS / "routed.jsonl"
 EPOCHS, MAX_LENGTH, PILOT_SEED, SEEDS = 3, 32, 100, (0, 1, 2)
-LRS = (1e-3, 2e-3, 4e-3, 8e-3)
+LRS = (1e-3, 2e-3, 4e-3)
 RANK, HEAD_LR, ROUTER_LR, GATE_LR = 8, 2e-3, 1e-2, 5e-3
 HYDRA = {"rank": 4, "alpha": 8, "heads": 3}
 # what trains on the mixture: title -> (method, options); scale 2 throughout

@@ -1,0 +1,89 @@
+"""A PEFT folder as one file of kohya's and LyCORIS' dialect (fastpeft.integrations.lycoris reads them). No model is needed.
+
+LORA (rsLoRA, DoRA), LOHA and LOKR of linear layers. `alpha` stands in the file, for each layer; what the dialect cannot say is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastpeft.folder import CheckpointError, read_folder, replace_file
+from fastpeft.patterns import by_pattern
+
+_HEAD = "base_model.model."
+# peft_type -> leaf in PEFT's folder -> leaf in the file
+_LORA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
+_HADA = [f"hada_w{half}_{side}" for half in (1, 2) for side in "ab"]
+_KRON = [f"lokr_w{half}{side}" for half in (1, 2) for side in ("", "_a", "_b")]
+LEAVES: dict[str, dict[str, str]] = {"LORA": _LORA, "LOHA": {n: n for n in _HADA}, "LOKR": {n: n for n in _KRON}}
+
+
+def to_lycoris(folder: str | os.PathLike[str], file: str | os.PathLike[str], *, prefix: str = "lycoris") -> list[str]:
+    """Write the adapter of a PEFT folder to a .safetensors file; returns the names of its layers.
+
+    prefix: of every key, `<prefix>_<module name with _ for .>` ("lora_unet", "lora_te", ...).
+    FileNotFoundError; CheckpointError for a damaged folder, another peft_type, tensors that have no place in such a file (biases,
+    modules_to_save, embeddings, convolutions), and two layers whose names are the same with _ for '.'. The file is whole or as it was.
+    """
+    from safetensors.torch import save
+
+    folder = Path(folder)
+    config, tensors, _ = read_folder(folder)
+    kind = config["peft_type"]
+    if kind not in LEAVES:
+        raise CheckpointError(f"to_lycoris: {folder} is {kind}; kohya's and LyCORIS' files hold {', '.join(LEAVES)}.")
+    layers, strange = _layers(tensors, LEAVES[kind])
+    # an adapter without a layer of its own is no adapter
+    if strange or not layers:
+        raise CheckpointError(
+            f"to_lycoris: {folder} holds {f'tensors that such a file has no place for: {chr(44).join(strange[:6])}' if strange else 'no adapter'}; "
+            "train without biases and modules_to_save, and on linear layers alone."
+        )
+    found: dict[str, Tensor] = {}
+    for site, leaves in layers.items():
+        head = f"{prefix}_{site.replace('.', '_')}"
+        if f"{head}.alpha" in found:
+            twins = [s for s in layers if s.replace(".", "_") == site.replace(".", "_")]
+            raise CheckpointError(f"to_lycoris: {' and '.join(twins)} of {folder} have one name with _ for '.'; rename one of the modules.")
+        own = _layer(config, site, leaves)
+        found |= {f"{head}.{leaf}": t.contiguous() for leaf, t in own.items()}
+    replace_file(Path(file), save(found, {"format": "pt"}))
+    return list(layers)
+
+
+def _layers(tensors: Mapping[str, Tensor], known: Mapping[str, str]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """Site -> leaf in the file -> tensor; and the keys that are no such leaf of a linear layer."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    strange = []
+    for key, tensor in tensors.items():
+        leaf = next((n for n in known if key.endswith(f".{n}")), None)
+        if leaf is None or not key.startswith(_HEAD) or tensor.dim() != (1 if leaf == "lora_magnitude_vector" else 2):
+            strange.append(key)
+        else:
+            site = key.removeprefix(_HEAD).removesuffix(f".{leaf}")
+            layers.setdefault(site, {})[known[leaf]] = tensor
+    return layers, strange
+
+
+def _layer(config: Mapping[str, Any], site: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the file says of a layer, its alpha included."""
+    lora = config["peft_type"] == "LORA"
+    rank = by_pattern(site, config.get("rank_pattern") or {}, config["r"])
+    alpha = by_pattern(site, config.get("alpha_pattern") or {}, config["lora_alpha" if lora else "alpha"])
+    scale = alpha / math.sqrt(rank) if lora and config.get("use_rslora") else alpha / rank
+    own = dict(leaves)
+    if "dora_scale" in own:
+        own["dora_scale"] = own["dora_scale"][:, None]
+    thin = next((own[n].shape[0] for n in ("lora_down.weight", "hada_w1_b", "lokr_w1_b", "lokr_w2_b") if n in own), None)
+    if thin is None:  # both halves whole: the file's reader takes the scale for 1
+        own["lokr_w2"] = own["lokr_w2"] * scale
+        thin = scale = 1
+    wide = torch.promote_types(torch.float32, next(iter(leaves.values())).dtype)
+    return own | {"alpha": torch.tensor(float(scale * thin), dtype=wide)}
