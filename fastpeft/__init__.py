@@ -20,7 +20,7 @@ from fastpeft.linear import adapted_linear
 from fastpeft.ops.dropout import dropout_mask
 from fastpeft.report import Report
 from fastpeft.swap import adapt
-from fastpeft.verify import verify
+from fastpeft.verification import verify
 
 __version__ = "0.1.0"
 

@@ -96,7 +96,7 @@ def test_what_a_file_has_no_place_for_is_refused(tmp_path, capsys):
             to_lycoris(tmp_path / "a", target)
     changed()
     config.write_text(json.dumps(fields | {"peft_type": "VERA"}))
-    with pytest.raises(CheckpointError, match="is VERA; .* LORA, LOHA, LOKR"):
+    with pytest.raises(CheckpointError, match=r"is VERA; .* LORA, LOHA, LOKR"):
         to_lycoris(tmp_path / "a", target)
     assert target.read_bytes() == b"kept" and [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     for arguments, words in (

@@ -17,7 +17,7 @@ from fastpeft.cli import main
 from fastpeft.ops import lowrank, lowrank_cpu
 from fastpeft.registry import every_recipe
 from fastpeft.terms import LowRank
-from fastpeft.verify import Difference, untrained, verify
+from fastpeft.verification import Difference, untrained, verify
 
 LINEAR = [r.name for r in every_recipe() if r.site == "linear" and not r.cls.ROUTED]
 

@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
     import dataclasses
 
     from fastpeft.job.errors import JobError, said_by
-    from fastpeft.verify import verify
+    from fastpeft.verification import verify
 
     try:
         model, call = _layer(arguments) if arguments.layer else _model(arguments)
