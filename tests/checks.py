@@ -10,9 +10,10 @@ from torch import nn
 import fastpeft
 from fastpeft.method.dylora import set_rank
 from fastpeft.method.rosa import RoSA
+from fastpeft.ops import nf4
 from fastpeft.ops.dropout import draw_seed
 from fastpeft.registry import Method
-from fastpeft.terms import Gain, LowRank
+from fastpeft.terms import APPLY, Composed, Dense, Gain, KhatriRao, Kron, LowRank, Sparse
 
 DT = torch.float64
 
@@ -88,6 +89,79 @@ def check_blocks():
 def check_gain():
     for name, pair in site_gap(gain=True).items():
         assert_fp64(*pair, f"{name} with a gain")
+
+
+def term_gap(term, want, **leaves):
+    """adapted_linear with one term and a dense formula of x, W and b: the output and the gradients of x and the term's tensors."""
+    torch.manual_seed(7)
+    x, W, b = rand(3, 7, 12), rand(10, 12, grad=False), rand(10, grad=False)
+    leaves = {"x": x} | leaves
+    compare(fastpeft.adapted_linear(x, W, b, [term]), want(x, W, b), leaves, leaves)
+
+
+def check_kron():
+    torch.manual_seed(5)
+    C, D = rand(5, 3), rand(2, 4)
+    term_gap(Kron(C, D, 1.7), lambda x, W, b: papers.linear(x, W + 1.7 * papers.kron(C, D), b), C=C, D=D)
+
+
+def check_hadamard():
+    torch.manual_seed(5)
+    b1, a1, b2, a2 = rand(10, 3), rand(3, 12), rand(10, 3), rand(3, 12)
+    term = LowRank(KhatriRao(a1, a2), KhatriRao(b1, b2), 1.7)
+    term_gap(term, lambda x, W, b: papers.loha(x, W, b, b1, a1, b2, a2, 1.7), b1=b1, a1=a1, b2=b2, a2=a2)
+
+
+def check_sparse():
+    """Entries of the last row and column among them; W is as it was."""
+    torch.manual_seed(5)
+    index = torch.tensor([[0, 0, 3, 7, 9, 9], [0, 11, 5, 2, 4, 11]], dtype=torch.int32)
+    values = rand(6)
+    for apply in APPLY:
+        def want(x, W, b):
+            return papers.linear(x, W + torch.zeros_like(W).index_put(tuple(index.long()), values), b)
+
+        term_gap(Sparse(values, index, apply), want, values=values)
+
+
+def check_window():
+    """The weight under apply="window", bit for bit, after a forward and a backward."""
+    torch.manual_seed(6)
+    W, x, values = rand(10, 12, grad=False), rand(4, 12), rand(2)
+    index, before = torch.tensor([[1, 9], [3, 11]], dtype=torch.int32), W.clone()
+    fastpeft.adapted_linear(x, W, None, [Sparse(values, index, "window")]).sum().backward()
+    assert torch.equal(W, before), "W was changed"
+
+
+def check_composed():
+    torch.manual_seed(5)
+    p, q = rand(10, 4), rand(4, 12)
+    term = Dense(Composed(lambda p, q: p.sin() @ q, (p, q)), 1.7)
+    term_gap(term, lambda x, W, b: papers.linear(x, W + 1.7 * p.sin() @ q, b), p=p, q=q)
+
+
+def check_rslora():
+    torch.manual_seed(5)
+    layer = perturb(fastpeft.AdaptedLinear(12, 10, method="lora", rank=4, alpha=6, rslora=True, dtype=DT))
+    own, x = layer.adapter.lora, rand(5, 12, grad=False)
+    assert_fp64(layer(x), papers.lora(x, layer.weight, layer.bias, own.A, own.B, 6 / 2), "y with rslora")
+
+
+def check_hydralora():
+    torch.manual_seed(5)
+    layer = perturb(fastpeft.AdaptedLinear(12, 10, method="hydralora", rank=3, alpha=6, heads=2, dtype=DT))
+    own, x = layer.adapter.hydralora, rand(5, 12)
+    leaves = {"x": x} | dict(own.named_parameters())
+    compare(layer(x), papers.hydralora(x, layer.weight, layer.bias, own.A, own.B.chunk(2, 1), own.G, 2.0), leaves, leaves, "of hydralora")
+
+
+def check_nf4():
+    """The weight of an NF4 base, whose blocks go across rows; its table and scales are fp32."""
+    torch.manual_seed(5)
+    W = rand(6, 32, grad=False)
+    codes, absmax = nf4.quantise(W, 4, 64)
+    got, want = nf4.dequantise(nf4.Packed(codes, absmax), 6, 32, DT), papers.quantised(W, 4)
+    assert (got - want).abs().max() <= 2 * torch.finfo(torch.float32).eps * want.abs().max(), "the dequantised weight differs"
 
 
 def check_dylora_ranks():

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import fastpeft.base
+from fastpeft import linear
+from fastpeft.method import hydralora, lora
 from fastpeft.method.dylora import DyLoRA
+from fastpeft.ops import composed, khatri_rao, kron, lowrank, nf4, rownorm, slabs, sparse, steps
 from fastpeft.ops import gain as gain_ops
-from fastpeft.ops import lowrank, rownorm, slabs, steps
 
 
 def db_sign_flipped(monkeypatch):
@@ -124,6 +126,110 @@ def rank_mask_stale(monkeypatch):
     monkeypatch.setattr(DyLoRA, "terms", cached)
 
 
+def transposed_kron(monkeypatch):
+    real = kron._product
+    monkeypatch.setattr(kron, "_product", lambda y, x, C, D, scale, *, fresh: real(y, x, C.flip(0), D, scale, fresh=fresh))
+
+
+def kron_scale_missing_in_dc(monkeypatch):
+    real = kron.back
+
+    def wrong(dz, x, tensors, scale, dx, need_x, needs):
+        dx, (dC, dD) = real(dz, x, tensors, scale, dx, need_x, needs)
+        return dx, (dC / scale, dD)
+
+    monkeypatch.setattr(kron, "back", wrong)
+
+
+def kron_dx_of_another_factor(monkeypatch):
+    real = kron._write
+    monkeypatch.setattr(kron, "_write", lambda dx, e, dm, fresh: real(dx, e, dm.flip(1), fresh))
+
+
+def kron_last_block_of_dd_dropped(monkeypatch):
+    real = kron._outer
+    monkeypatch.setattr(kron, "_outer", lambda e, rows: real(e[:-1], rows[:-1]))
+
+
+def hadamard_factors_swapped(monkeypatch):
+    real = khatri_rao._composed
+    monkeypatch.setattr(khatri_rao, "_composed", lambda t: real((t[0], t[1], t[3], t[2])))
+    monkeypatch.setattr(khatri_rao, "materialises", lambda *a: False)
+
+
+def hadamard_gradients_swapped(monkeypatch):
+    real = khatri_rao.back
+
+    def wrong(*a):
+        dx, grads = real(*a)
+        return dx, (grads[1], grads[0], *grads[2:])
+
+    monkeypatch.setattr(khatri_rao, "back", wrong)
+    monkeypatch.setattr(khatri_rao, "materialises", lambda *a: False)
+
+
+def dense_hadamard_without_its_scale(monkeypatch):
+    real = khatri_rao.delta
+    monkeypatch.setattr(khatri_rao, "delta", lambda tensors, scale, dtype: real(tensors, 1.0, dtype))
+    monkeypatch.setattr(khatri_rao, "materialises", lambda *a: True)
+
+
+def sparse_rows_and_columns_swapped_in_the_gradient(monkeypatch):
+    real = sparse.grad
+    monkeypatch.setattr(sparse, "grad", lambda dz, x, index, dtype: real(dz, x, index.flip(1), dtype))
+
+
+def sparse_last_entry_lost(monkeypatch):
+    for name in ("dense", "copy", "put"):
+        real = getattr(sparse, name)
+        at = 0 if name == "dense" else 1
+
+        def wrong(*a, real=real, at=at):
+            short = (a[at][:-1], a[at + 1][:, :-1])
+            return real(*a[:at], *short, *a[at + 2 :])
+
+        monkeypatch.setattr(sparse, name, wrong)
+
+
+def window_left_in_the_weight(monkeypatch):
+    monkeypatch.setattr(sparse, "restore", lambda *a: None)
+
+
+def composition_detached(monkeypatch):
+    real = composed._through
+    monkeypatch.setattr(composed, "_through", lambda *a: tuple(None if g is None else 0 * g for g in real(*a)))
+
+
+def rslora_as_lora(monkeypatch):
+    real = lora.scaling
+    monkeypatch.setattr(lora, "scaling", lambda rank, alpha, rslora=False: real(rank, alpha, False))
+
+
+def gates_do_not_add_up(monkeypatch):
+    monkeypatch.setattr(hydralora, "route", lambda u, p, x: (torch.sigmoid(p)[..., :, None] * u[..., None, :]).flatten(-2))
+
+
+def gates_learn_at_half_the_rate(monkeypatch):
+    real = linear._middle
+
+    def wrong(t, u, p, *a):
+        return real(t, u, None if p is None else (p + p.detach()) / 2, *a)
+
+    monkeypatch.setattr(linear, "_middle", wrong)
+
+
+def codes_in_the_other_nibble(monkeypatch):
+    real = nf4.unpack
+    monkeypatch.setattr(nf4, "unpack", lambda codes, bits: real(codes, bits).view(-1, 2).flip(1).flatten())
+    monkeypatch.setattr(nf4.cpu, "runs", lambda out: False)
+
+
+def scale_of_the_block_before(monkeypatch):
+    real = nf4.scales
+    monkeypatch.setattr(nf4, "scales", lambda packed: real(packed).roll(1))
+    monkeypatch.setattr(nf4.cpu, "runs", lambda out: False)
+
+
 FAULTS = [
     (db_sign_flipped, checks.check_dB),
     (scale_missing, checks.check_forward),
@@ -143,6 +249,22 @@ FAULTS = [
     (gain_missing_in_db, checks.check_gain),
     (norm_cached, checks.check_dora_after_fused_step),
     (rank_mask_stale, checks.check_dylora_ranks),
+    (transposed_kron, checks.check_kron),
+    (kron_scale_missing_in_dc, checks.check_kron),
+    (kron_dx_of_another_factor, checks.check_kron),
+    (kron_last_block_of_dd_dropped, checks.check_kron),
+    (hadamard_factors_swapped, checks.check_hadamard),
+    (hadamard_gradients_swapped, checks.check_hadamard),
+    (dense_hadamard_without_its_scale, checks.check_hadamard),
+    (sparse_rows_and_columns_swapped_in_the_gradient, checks.check_sparse),
+    (sparse_last_entry_lost, checks.check_sparse),
+    (window_left_in_the_weight, checks.check_window),
+    (composition_detached, checks.check_composed),
+    (rslora_as_lora, checks.check_rslora),
+    (gates_do_not_add_up, checks.check_hydralora),
+    (gates_learn_at_half_the_rate, checks.check_hydralora),
+    (codes_in_the_other_nibble, checks.check_nf4),
+    (scale_of_the_block_before, checks.check_nf4),
 ]
 
 

@@ -391,7 +391,8 @@ def test_events_outside_of_a_training_are_a_mistake(tmp_path):
 
 
 def test_trl(gpt2, tmp_path):
-    trl = pytest.importorskip("trl")
+    import trl
+
     datasets = pytest.importorskip("datasets")
     case = Case("rosa", lambda: [train.RoSASchedule("wl2", 2)], {"target_modules": ["c_attn"], "density": 0.1})
     model, procedures, optimizer = case.begin(gpt2)
