@@ -55,6 +55,19 @@ def test_leading_dimensions(lead):
     assert_fp64(layer(x), formula(layer, m, x))
 
 
+def test_the_official_layer_in_fp32():
+    """Its loop, without dropout: heads one after another, each with A of its own product, weights from an fp32 softmax; to 1e-5."""
+    layer, m = built(heads=3, dtype=torch.float32)
+    x = torch.randn(4, 7, IN)
+    with torch.no_grad():
+        weights = torch.nn.functional.softmax(torch.nn.functional.linear(x, m.G), dim=-1, dtype=torch.float32)
+        result = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        for i, B in enumerate(m.B.split(RANK, 1)):
+            low = torch.nn.functional.linear(torch.nn.functional.linear(x, m.A), B)
+            result = result + torch.unsqueeze(weights[:, :, i], -1) * low * (ALPHA / RANK)
+        assert (layer(x) - result).abs().max() <= 1e-5 * result.abs().max()
+
+
 def test_starts_as_published_and_the_router_breaks_the_tie():
     layer = fastpeft.AdaptedLinear(256, 64, method="hydralora", rank=16, heads=16)
     m = layer.adapter.hydralora
