@@ -38,6 +38,7 @@ FILE = RESULTS / "routed.jsonl"
 EPOCHS, MAX_LENGTH, PILOT_SEED, SEEDS = 3, 32, 100, (0, 1, 2)
 LRS = (1e-3, 2e-3, 4e-3)
 RANK, HEAD_LR, ROUTER_LR, GATE_LR = 8, 2e-3, 1e-2, 5e-3
+GATE_EPOCHS = 5  # some 110 steps; published are 100, at this rate
 HYDRA = {"rank": 4, "alpha": 8, "heads": 3}
 # what trains on the mixture: title -> (method, options); scale 2 throughout
 MIXTURE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -82,7 +83,7 @@ def experts(bench: Bench, lr: float, seed: int, start: Any) -> None:
         for name in DOMAINS:
             data = replace(bench.data[name], domains=None)
             options = {"experts": {name: str(folders[name])}, "stage": "gate"}
-            model = bench.fit(start, "phatgoose", options, data, bench.held[name], GATE_LR, seed, 1)
+            model = bench.fit(start, "phatgoose", options, data, bench.held[name], GATE_LR, seed, GATE_EPOCHS)
             gated[name] = str(folders[name]) + " gated"
             fastpeft.save_adapter(model, gated[name])
         for k in (1, 2, 3):
