@@ -31,7 +31,7 @@ from fastpeft.ops.nf4 import per_byte
 lowrank, dora = kernels("lowrank"), kernels("dora")
 sparse = kernels("sparse")
 kron, hadamard = kernels("kron"), kernels("hadamard")
-nf4 = kernels("nf4")
+nf4, grouped = kernels("nf4"), kernels("grouped")
 tiles = lowrank.tiles
 
 TARGETS = {
@@ -213,6 +213,31 @@ def hadamard_cases(
     }
 
 
+def grouped_cases(
+    shape: tuple[tuple[int, ...], int], dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
+    """shape: ranks, k. Every launcher with every combination of flags that the family uses; weights in fp32."""
+    k, (ranks, chosen) = grouped, shape
+    R, P, W = sum(ranks), T * chosen, -(-max(ranks) // 16) * 16
+    x, u, A, B = meta(T, C, dtype=dtype), meta(P, W, dtype=dtype), meta(R, C, dtype=factor), meta(C, R, dtype=factor)
+    order, ends = meta(P, dtype=torch.int64), meta((len(ranks) + 1) * chosen + 1, dtype=torch.int32)
+    w, bias = meta(P, dtype=torch.float32), meta(C, dtype=dtype)
+    return {
+        "down": lambda: k.down(x, A, order, ends, None, ranks, dtype),
+        "down, weights": lambda: k.down(x, A, order, ends, w, ranks, dtype),
+        "du": lambda: k.du(x, B, None, order, ends, None, ranks, 2.0),
+        "du, weights": lambda: k.du(x, B, None, order, ends, w, ranks, 2.0),
+        "du, dw": lambda: k.du(x, B, u, order, ends, w, ranks, 2.0),
+        "up": lambda: k.up(u, B, order, ends, ranks, 2.0, None, T),
+        "up, bias": lambda: k.up(u, B, order, ends, ranks, 2.0, bias, T),
+        "up_add": lambda: k.up_add(x, u, B, order, ends, ranks, 2.0),
+        "dx_add": lambda: k.up_add(x, u, A.T, order, ends, ranks, 1.0),
+        "dA": lambda: k.outer(x, u, A, order, ends, None, ranks, 1.0, True),
+        "dB": lambda: k.outer(x, u, B, order, ends, None, ranks, 2.0, False),
+        "dB, weights": lambda: k.outer(x, u, B, order, ends, w, ranks, 2.0, False),
+    }
+
+
 def nf4_cases(
     bits: int, dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
 ) -> dict[str, Callable[[], Any]]:
@@ -243,7 +268,7 @@ def nf4_cases(
 
 CASES: dict[str, Callable[..., dict[str, Callable[[], Any]]]] = {
     "lowrank": lowrank_cases, "sparse": sparse_cases, "dora": dora_cases, "kron": kron_cases, "hadamard": hadamard_cases,
-    "nf4": nf4_cases,
+    "nf4": nf4_cases, "grouped": grouped_cases,
 }  # fmt: skip
 # one rank per rank tile, ranks whose rows are not aligned, and ranks of several rank tiles; the default is a LoRA of rank 16
 EVERY = (*tiles.RANKS, 3, 20, 256)
@@ -259,12 +284,17 @@ KRON_EVERY = (
     (19, 33, 7, 65), (19, 33, 11, 65), (19, 33, 130, 65), (129, 33, 7, 65),
 )  # fmt: skip
 HADAMARD_DEFAULT = (4, 8)
+# 32 experts of rank 16; one rank per rank tile, ranks that no row is aligned for, and of several rank tiles
+GROUPED_DEFAULT = (((16,) * 32, 2),)
+GROUPED_EVERY = (
+    *GROUPED_DEFAULT, *(((r,) * 8, 1) for r in (8, 32, 64, 128, 256)), ((3, 0, 8), 2), ((16, 20, 33), 2), ((16, 0, 64), 3), ((130,) * 4, 2), ((16,), 1),
+)  # fmt: skip
 NF4_DEFAULT, NF4_EVERY = (4,), (4, 2, 3, 8)
 HADAMARD_EVERY = (1, 3, 4, 5, 8, 12, 16, 20, 32)
 # what `main` builds, default and all, where it is not DEFAULT and EVERY
 SIZES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "kron": (KRON_DEFAULT, KRON_EVERY), "hadamard": (HADAMARD_DEFAULT, HADAMARD_EVERY),
-    "nf4": (NF4_DEFAULT, NF4_EVERY),
+    "nf4": (NF4_DEFAULT, NF4_EVERY), "grouped": (GROUPED_DEFAULT, GROUPED_EVERY),
 }  # fmt: skip
 
 
@@ -273,7 +303,7 @@ def recorded() -> Iterator[list[Launch]]:
     """Launches inside the block are kept and not run."""
     seen: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for kernel in (k for module in (lowrank, sparse, dora, kron, hadamard, nf4) for k in module.KERNELS):
+        for kernel in (k for module in (lowrank, sparse, dora, kron, hadamard, nf4, grouped) for k in module.KERNELS):
             stack.enter_context(mock.patch.object(kernel, "run", _recorder(kernel, seen)))
         yield seen
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 STAGES = (
-    "build", "correctness", "sanitizer", "parts", "ceilings", "kernels", "tiles", "layers", "structured", "part_nf4", "memory",
+    "build", "correctness", "sanitizer", "parts", "ceilings", "kernels", "tiles", "layers", "structured", "part_nf4", "part_grouped", "memory",
 )  # fmt: skip
 MINUTES = 7.5
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpeft import grouped
 from fastpeft.base import Plain
 from fastpeft.ops import lowrank, small
 from fastpeft.ops.dropout import draw_seed
@@ -16,7 +17,7 @@ from fastpeft.ops.parts import Part
 from fastpeft.ops.seam import Down, One, OnePlan, Up, Whole, after_up
 from fastpeft.ops.steps import Plan, Read, Write
 from fastpeft.parts import part_of
-from fastpeft.terms import Bias, Gain, KhatriRao, LowRank, Term, validate
+from fastpeft.terms import Bias, Gain, Grouped, KhatriRao, LowRank, Term, validate
 
 
 def adapted_linear(
@@ -32,7 +33,8 @@ def adapted_linear(
 
     x: [..., in], one to any number of dimensions, any strides; an empty batch gives an empty y.
     weight_or_base: W [out, in], or a base of fastpeft.base.   bias: [out] or None.
-    terms: LowRank, Gain, Bias, Kron, Sparse, Dense of fastpeft.terms. Terms with the same A object and dropout read x once.
+    terms: LowRank, Gain, Bias, Kron, Sparse, Dense, Grouped of fastpeft.terms. Terms with the same A object and dropout read x
+        once.
     seed: 0-dim int64 tensor for every dropout of this call; None draws one from torch's generator on x's device.
     impl: None picks by device; "torch" is the reference; "triton" runs Triton or raises. FASTPEFT_IMPL sets the default.
     Returns y [..., out] in the autocast dtype if autocast is on, else in the base's dtype. Factors may have a wider dtype
@@ -86,11 +88,16 @@ def _gain(base: Any, gain: Gain | None) -> Tensor | None:
 def _sorted(
     terms: Sequence[Term], bias: Tensor | None
 ) -> tuple[list[LowRank], Gain | None, Tensor | None, list[Term]]:
-    """LowRank terms, fused where they can be, the gain, the bias with every Bias, and the terms differentiated whole."""
+    """LowRank terms, fused where they can be, the gain, the bias with every Bias, and the terms differentiated whole.
+
+    Traced code has no order of the tokens by expert, which depends on the data: a Grouped term is a LowRank there.
+    """
     lows: list[LowRank] = []
     wholes: list[Term] = []
     gain = None
     for t in terms:
+        if type(t) is Grouped and torch.compiler.is_compiling():
+            t = grouped.as_low_rank(t)
         if type(t) is LowRank:
             if type(t.A) is KhatriRao or type(t.B) is KhatriRao:
                 wholes.append(t)
@@ -116,14 +123,19 @@ def _run_for(base: Any, lows: list[LowRank], gain: Gain | None, wholes: list[Ter
 
 
 def _parts(
-    base: Any, wholes: list[Term], gain: Gain | None, dtype: torch.dtype, ops: Any, grad: bool
+    base: Any, wholes: list[Term], gain: Gain | None, dtype: torch.dtype, ops: Any, grad: bool, x: Tensor, autocast
 ) -> tuple[tuple[Part, ...], list[Tensor], bool]:
-    """Each whole term's part, their tensors, and whether one of those trains."""
+    """Each whole term's part, their tensors, and whether one of those trains. A Grouped term's choice is made here."""
     if not wholes:
         return (), [], False
     # a dropped base product would drop what was added to W too
     on_base = gain is None or gain.dropout == 0.0
-    found = [part_of(t, base, dtype, on_base=on_base, triton=ops is not lowrank) for t in wholes]
+    found = [
+        grouped.part_of(t, x, dtype, ops, autocast)
+        if type(t) is Grouped
+        else part_of(t, base, dtype, on_base=on_base, triton=ops is not lowrank)
+        for t in wholes
+    ]
     tensors = [t for _, own in found for t in own]
     return tuple([p for p, _ in found]), tensors, grad and any([t.requires_grad for t in tensors])
 
@@ -152,7 +164,7 @@ def _whole(x, base, bias, lows, gain, wholes, seed, dtype, ops, autocast) -> Ten
     keep: list[bool] = []
     weight = base.W if base.trains else None
     grad = torch.is_grad_enabled()
-    parts, own, trains = _parts(base, wholes, gain, dtype, ops, grad)
+    parts, own, trains = _parts(base, wholes, gain, dtype, ops, grad, x, autocast)
     keep_x = grad and (weight is not None or trains)
     for t in lows:
         tensors += (t.A, t.B)
@@ -173,7 +185,7 @@ def _with_middles(
     reads, slots, tensors = _reads(lows)
     weight = base.W if base.trains else None
     grad = torch.is_grad_enabled()
-    parts, own, trains = _parts(base, wholes, gain, dtype, ops, grad)
+    parts, own, trains = _parts(base, wholes, gain, dtype, ops, grad, x, autocast)
     keep_x = grad and (weight is not None or trains or any(t is not None and t.requires_grad for t in tensors))
     g, gain_p = _gain(base, gain), 0.0 if gain is None else gain.dropout
     writes = tuple(Write(t.scale, t.blocks) for t in lows if t.post is None)

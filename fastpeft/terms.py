@@ -18,6 +18,7 @@ from torch import Tensor
 
 Mid = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 Post = Callable[[Tensor], Tensor]
+Choose = Callable[[Tensor | None, Tensor], tuple[Tensor, Tensor | None]]
 
 
 class KhatriRao(NamedTuple):
@@ -137,6 +138,27 @@ class Dense:
     scale: float = 1.0
 
 
+@dataclass(eq=False, slots=True)
+class Grouped:
+    """scale * sum_j w_j (x A_e^T) B_e^T, e = index[.., j] and w = weight[.., j]: each token uses k of the experts.
+
+    A [R, in], B [out, R]: the experts one after another along the rank, `ranks` of each; R = sum(ranks). Rank 0 adds nothing.
+    choose(p, x) -> (index int64 [.., k], weight [.., k], or None for 1): any torch function of the token; it sees x's leading
+        dimensions, and gradients go through weight. p = x rows^T in y's dtype; None without rows.
+    rows [P, in]: router or gate rows.
+    Tokens are grouped by expert and only experts that they use are computed (fastpeft.ops.grouped). Code that torch.compile
+    traces takes the equal LowRank term of all R ranks instead, for grouping depends on the data (fastpeft.grouped.as_low_rank).
+    index: 0 to len(ranks) - 1, ValueError otherwise; on a GPU, which nobody waits for, an index outside adds nothing.
+    """
+
+    A: Tensor
+    B: Tensor
+    ranks: tuple[int, ...]
+    choose: Choose
+    scale: float = 1.0
+    rows: Tensor | None = None
+
+
 def collector(like: Tensor, shape: tuple[int, int], take: Callable[[Tensor], None]) -> Tensor:
     """A delta of no storage, in like's dtype and on its device, whose gradient [out, in] goes to `take`."""
     leaf = like.detach().new_zeros(()).expand(shape).requires_grad_()
@@ -149,14 +171,14 @@ def _hand_over(take: Callable[[Tensor], None], leaf: Tensor) -> None:
     take(grad)  # type: ignore[arg-type]
 
 
-Term = LowRank | Gain | Bias | Kron | Sparse | Dense
+Term = LowRank | Gain | Bias | Kron | Sparse | Dense | Grouped
 APPLY = ("copy", "window", "exact")
 
 
-def delta_weight(term: LowRank | Kron | Sparse | Dense, dtype: torch.dtype = torch.float32, *, shape: Any = None) -> Tensor:
+def delta_weight(term: LowRank | Kron | Sparse | Dense | Grouped, dtype: torch.dtype = torch.float32, *, shape: Any = None) -> Tensor:
     """The dense [out, in] matrix that a term adds, in `dtype`. shape: (out, in), which a Sparse term does not know itself.
 
-    Raises ValueError for a term with `mid` or `post`: what depends on the token is no matrix.
+    Raises ValueError for a term with `mid`, `post` or `choose`: what depends on the token is no matrix.
     """
     refuse_tokenwise([term], "delta_weight")
     match term:
@@ -192,8 +214,8 @@ def plain_delta(term: Dense) -> Tensor:
 def refuse_tokenwise(terms: Sequence[Term], who: str) -> None:
     """Raise ValueError if some term depends on the token and therefore has no single weight."""
     for term in terms:
-        if isinstance(term, LowRank) and (term.mid is not None or term.post is not None):
-            part = "mid" if term.mid is not None else "post"
+        part = _tokenwise(term)
+        if part:
             raise ValueError(
                 f"{who}: the adapter has a token-dependent part (`{part}`), so no single weight stands for it; "
                 "keep it unmerged and use the adapted model as it is."
@@ -202,7 +224,16 @@ def refuse_tokenwise(terms: Sequence[Term], who: str) -> None:
 
 def is_linear(terms: Sequence[Term]) -> bool:
     """True if a single weight and bias stand for the terms (so they can be merged)."""
-    return all(not isinstance(t, LowRank) or (t.mid is None and t.post is None) for t in terms)
+    return not any(_tokenwise(t) for t in terms)
+
+
+def _tokenwise(term: Term) -> str:
+    """The field that makes a term depend on the token; empty where none does."""
+    if isinstance(term, Grouped):
+        return "choose"
+    if isinstance(term, LowRank):
+        return "mid" if term.mid is not None else "post" if term.post is not None else ""
+    return ""
 
 
 def effective_weight(weight: Tensor, terms: Sequence[Term], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -258,10 +289,12 @@ def validate(terms: Sequence[Term], out_features: int, in_features: int) -> None
                         f"adapted_linear: Dense.delta is {shape}; it must be [out, in] = "
                         f"({out_features}, {in_features})."
                     )
+            case Grouped():
+                _validate_grouped(term, out_features, in_features)
             case _:
                 raise TypeError(
-                    f"adapted_linear: {type(term).__name__} is no term; terms are LowRank, Gain, Bias, Kron, Sparse and "
-                    "Dense (fastpeft.terms)."
+                    f"adapted_linear: {type(term).__name__} is no term; terms are LowRank, Gain, Bias, Kron, Sparse, Dense and "
+                    "Grouped (fastpeft.terms)."
                 )
 
 
@@ -301,6 +334,19 @@ def _validate_sparse(t: Sparse, out_features: int, in_features: int) -> None:
                 f"adapted_linear: Sparse.index must lie inside [{out_features}, {in_features}], in row-major order and "
                 "without repetition; sort it, and add up the values of repeated entries."
             )
+
+
+def _validate_grouped(t: Grouped, out_features: int, in_features: int) -> None:
+    if not t.ranks or any(not isinstance(r, int) or r < 0 for r in t.ranks):
+        raise ValueError(f"adapted_linear: Grouped.ranks is {t.ranks}; needed is one int of at least 0 for each expert.")
+    total = sum(t.ranks)
+    if tuple(t.A.shape) != (total, in_features) or tuple(t.B.shape) != (out_features, total):
+        raise ValueError(
+            f"adapted_linear: A is {tuple(t.A.shape)} and B is {tuple(t.B.shape)} of experts with ranks {t.ranks}; needed are "
+            f"A [R, in] and B [out, R], here {(total, in_features)} and {(out_features, total)}."
+        )
+    if t.rows is not None and (t.rows.dim() != 2 or t.rows.shape[1] != in_features):
+        raise ValueError(f"adapted_linear: rows is {tuple(t.rows.shape)}; it must be [P, in] with in={in_features}.")
 
 
 def _validate_low_rank(t: LowRank, out_features: int, in_features: int, has_gain: bool) -> None:

@@ -131,6 +131,19 @@ def phatgoose(x, W, b, experts, gates, k, weights=phatgoose_weights):
     return torch.stack(tokens).reshape(*x.shape[:-1], W.shape[0])
 
 
+def grouped(x, A, B, ranks, index, weight, s):
+    """s * sum_j w_j B_e A_e x of each token, e = index[.., j], w = weight[.., j]; experts one after another along A's rows, B's columns."""
+    ends = [sum(ranks[:z]) for z in range(len(ranks) + 1)]
+    tokens = []
+    for t, own, w in zip(x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1]), weight.reshape(-1, index.shape[-1]), strict=True):
+        y = B.new_zeros(B.shape[0])
+        for e, factor in zip(own.tolist(), w, strict=True):
+            span = slice(ends[e], ends[e + 1])
+            y = y + factor * s * (B[:, span] @ (A[span] @ t))
+        tokens.append(y)
+    return torch.stack(tokens).reshape(*x.shape[:-1], B.shape[0])
+
+
 def lokr(x, W, b, f, s):
     """arXiv 2309.14859, section 3: W + s w1 (x) w2, each half full or a product; f: the factors by name."""
     w1, w2 = (f[n] if n in f else f[f"{n}_a"] @ f[f"{n}_b"] for n in ("w1", "w2"))

@@ -30,6 +30,7 @@ PATHS = {
     "Kronecker": ("kron", r"def product\("),
     "Hadamard": ("hadamard|khatri_rao", r"def back_dense\("),
     "RoSA sparse": ("sparse", r"def grad_by_entry\("),
+    "Grouped experts": ("grouped", r"def segments\("),
     "NF4 and int8 weights": ("nf4|quant", r"def fill_torch\("),
 }
 FOLDERS = {

@@ -2,7 +2,8 @@
 
 Router: logits R h [experts], h the block's input pooled over the prompt; k = argmax. `experts` are LoRAs trained one per domain (folders of
 PEFT or fastpeft), or a number of fresh ones; ranks, scales and layers may differ, and a layer that an expert lacks adds nothing for it.
-At a layer they are stacked: one product with all A, the ranks of other experts set to zero sequence by sequence, one with all B.
+At a layer they are stacked: one product with all A, the ranks of other experts set to zero sequence by sequence, one with all B; past a
+measured total rank, without dropout, tokens are grouped by expert instead (fastpeft.grouping; never in code that torch.compile traces).
 
 1. The experts, one LoRA per domain, each trained alone.
 2. adapt(model, "moa", experts={"law": folder, ...}); train with fastpeft.train.MoARouting and model(..., domain=[batch] of names or numbers):
@@ -30,29 +31,41 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastpeft.grouping import groups
 from fastpeft.registry import Holder, Method, Notes, Site, check_int, check_probability, method
 from fastpeft.routing import CHOICES, POOLS, PROMPTS, Router, Routing
 from fastpeft.stack import experts_of, factors
-from fastpeft.terms import LowRank, Term
+from fastpeft.terms import Grouped, LowRank, Term
 
 
-def pick(u: Tensor, p: Tensor | None, x: Tensor, *, mine: Tensor, lead: Sequence[int], layer: str, listed: bool) -> Tensor:
-    """u [batch, ..., R], or [batch * tokens, R], with zeros at the ranks of experts that a sequence does not use; mine [batch, R].
+def by_row(of: Tensor, rows: Sequence[int], *, lead: Sequence[int], layer: str, listed: bool) -> Tensor:
+    """What belongs to a sequence, of [batch, n], for the rows of a layer, [batch, ...] or [batch * tokens]: it broadcasts to [*rows, n].
 
     lead: leading dimensions of the block's input, zeros where only their number is known.   listed: the layer is in a list inside of its block, as the experts of a mixture are,
     whose rows of tokens may be any. ValueError where it cannot be told which row is whose.
     """
-    rows, batch = u.shape[:-1], mine.shape[0]
+    batch = of.shape[0]
     if len(rows) == len(lead) and rows[0] == batch:
-        return u.masked_fill(~mine.view(batch, *[1] * (len(lead) - 1), -1), 0)
+        return of.view(batch, *[1] * (len(lead) - 1), -1)
     if len(rows) == 1 and len(lead) == 2 and not listed:  # all tokens in order, as in OPT's FFN
         tokens = lead[1] or rows[0] // batch
         if rows[0] == batch * tokens:
-            return u.masked_fill(~mine.repeat_interleave(tokens, 0), 0)
+            return of.repeat_interleave(tokens, 0)
     raise ValueError(
         f"moa: {layer!r} reads rows {tuple(rows)}, and its block {tuple(lead)}; which of them belong to which sequence cannot be told "
         "(the experts of a mixture read re-ordered tokens). Leave it out with exclude_modules."
     )
+
+
+def pick(u: Tensor, p: Tensor | None, x: Tensor, *, mine: Tensor, **where: Any) -> Tensor:
+    """u [..., R] with zeros at the ranks of experts that a sequence does not use; mine [batch, R]. where: as for by_row."""
+    return u.masked_fill(~by_row(mine, u.shape[:-1], **where), 0)
+
+
+def choose(p: Tensor | None, x: Tensor, *, choice: Tensor, **where: Any) -> tuple[Tensor, None]:
+    """The one expert of each row of x, [..., 1], and no weight; choice [batch]."""
+    rows = x.shape[:-1]
+    return by_row(choice[:, None], rows, **where).expand(*rows, 1), None
 
 
 @method("moa", paper="arXiv 2403.03432")
@@ -154,8 +167,10 @@ class MoA(Method):
         if self.holder is None:
             raise RuntimeError(f"moa: {self.layer!r} stands alone, in no block whose router could choose; use fastpeft.adapt on a model.")
         choice, lead = self.holder.routing.read(self.holder.block, self.layer)
-        mine = choice.to(self.owner.device)[:, None] == self.owner
-        return self._stacked(p, mine, lead)
+        choice = choice.to(self.owner.device)
+        if p == 0.0 and groups(self.experts.ranks, 1, base.device, base.dtype):
+            return self._grouped(choice, lead)
+        return self._stacked(p, choice[:, None] == self.owner, lead)
 
     def static_terms(self, base: Any) -> list[Term]:
         only = self._only()
@@ -180,11 +195,26 @@ class MoA(Method):
         return LowRank(A[at], B[:, at], self.experts.scale, dropout=p)
 
     def _stacked(self, p: float, mine: Tensor, lead: Sequence[int]) -> list[Term]:
+        where = self._where(lead)
+        return [
+            LowRank(A, B, self.experts.scale, mid=functools.partial(pick, mine=mine[:, at], **where), dropout=p)
+            for A, B, at, _ in self._stacks()
+        ]
+
+    def _grouped(self, choice: Tensor, lead: Sequence[int]) -> list[Term]:
+        chosen = functools.partial(choose, choice=choice, **self._where(lead))
+        return [Grouped(A, B, ranks, chosen, self.experts.scale) for A, B, _, ranks in self._stacks()]
+
+    def _where(self, lead: Sequence[int]) -> dict[str, Any]:
+        """How rows of this layer belong to sequences: by_row's arguments."""
         inside = self.layer[len(self.holder.block) :] if self.holder is not None and self.holder.block else ""
-        listed = any([part.isdigit() for part in inside.split(".")])
-        found: list[Term] = []
-        for A, B, at in ((self.old_A, self.old_B, slice(None, self.split)), (self.A, self.B, slice(self.split, None))):
-            if A is not None and A.shape[0]:
-                mid = functools.partial(pick, mine=mine[:, at], lead=lead, layer=self.layer, listed=listed)
-                found.append(LowRank(A, B, self.experts.scale, mid=mid, dropout=p))
-        return found
+        return {"lead": lead, "layer": self.layer, "listed": any([part.isdigit() for part in inside.split(".")])}
+
+    def _stacks(self) -> list[tuple[Tensor, Tensor, slice, tuple[int, ...]]]:
+        """The frozen experts and the others, where there are some: A, B, their ranks in the whole stack, and the ranks of every expert."""
+        own, old = self.experts.ranks, self.frozen
+        both = (
+            (self.old_A, self.old_B, slice(None, self.split), (*own[:old], *(0,) * len(own[old:]))),
+            (self.A, self.B, slice(self.split, None), (*(0,) * old, *own[old:])),
+        )
+        return [stack for stack in both if stack[0] is not None and stack[0].shape[0]]

@@ -1,7 +1,8 @@
 """PHATGOOSE: y += s sum_z w_z B_z A_z x over independently trained LoRAs, w the softmax of each token's k highest scores.
 
 Score z of a token is LN(x) . LN(v_z) / sqrt(in), LN without affine (eps 1e-5), v_z [in] the gate of expert z. Every linear routes by itself,
-each token anew (nothing is remembered between tokens, so nothing is cached in generation). One stacked product serves all experts.
+each token anew (nothing is remembered between tokens, so nothing is cached in generation). One stacked product serves all experts; past
+a measured total rank, without dropout, tokens are grouped by expert instead (fastpeft.grouping; never in code that torch.compile traces).
 
 1. An expert is any plain LoRA; the paper's is `lora` with rank=16, alpha=1 (s = 1/r) on every linear.
 2. adapt(model, "phatgoose", experts=[folder], stage="gate") trains v alone, from zero: y += s (sigmoid(x . v) (drop(x) A^T)) B^T, so a gate
@@ -26,10 +27,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastpeft.grouping import groups
 from fastpeft.patterns import per_layer
 from fastpeft.registry import Method, Notes, PeftFormat, Site, check_int, check_probability, method
 from fastpeft.stack import GATE, experts_of, factors, gated
-from fastpeft.terms import LowRank, Term
+from fastpeft.terms import Grouped, LowRank, Term
 
 EPS = 1e-5
 
@@ -40,19 +42,30 @@ def standardised(v: Tensor) -> Tensor:
     return F.layer_norm(wide, v.shape[-1:], eps=EPS) / math.sqrt(v.shape[-1])
 
 
-def weights(p: Tensor, x: Tensor, k: int) -> Tensor:
-    """p = x . (standardised gates) [..., Z] and x [..., in] -> w [..., Z], in fp32 at least: k entries that add up to one, zeros.
+def scores(p: Tensor, x: Tensor) -> Tensor:
+    """p = x . (standardised gates) [..., Z] and x [..., in] -> LN(x) . LN(v) / sqrt(in), [..., Z] in fp32 at least.
 
     The mean of x meets gates whose sum is zero, so its standard deviation alone is left of LN(x).
     """
     wide = torch.promote_types(p.dtype, torch.float32)
     if x.numel() == 0:  # var() warns
         return p.to(wide)
-    scores = p.to(wide) * torch.rsqrt(x.to(wide).var(-1, correction=0, keepdim=True) + EPS)
-    if k >= scores.shape[-1]:
-        return torch.softmax(scores, -1)
-    best, which = scores.topk(k, -1)
-    return torch.zeros_like(scores).scatter(-1, which, torch.softmax(best, -1))
+    return p.to(wide) * torch.rsqrt(x.to(wide).var(-1, correction=0, keepdim=True) + EPS)
+
+
+def weights(p: Tensor, x: Tensor, k: int) -> Tensor:
+    """The same -> w [..., Z], in fp32 at least: k entries that add up to one, zeros."""
+    found = scores(p, x)
+    if k >= found.shape[-1] or x.numel() == 0:
+        return torch.softmax(found, -1)
+    best, which = found.topk(k, -1)
+    return torch.zeros_like(found).scatter(-1, which, torch.softmax(best, -1))
+
+
+def choose(k: int, p: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The k experts and their weights [..., k], in fp32 at least; k at most the number of experts."""
+    best, which = scores(p, x).topk(k, -1)
+    return which, torch.softmax(best, -1)
 
 
 def route(k: int, ranks: tuple[int, ...], u: Tensor, p: Tensor, x: Tensor) -> Tensor:
@@ -147,5 +160,7 @@ class Phatgoose(Method):
         ranks = tuple([self.experts.ranks[z] for z in self.experts.present])
         if len(ranks) == 1:
             return [LowRank(self.A, self.B, self.experts.scale, dropout=p)]
-        mid = functools.partial(route, self.k, ranks)
-        return [LowRank(self.A, self.B, self.experts.scale, mid=mid, rows=standardised(self.V), dropout=p)]
+        rows, k = standardised(self.V), min(self.k, len(ranks))
+        if p == 0.0 and groups(ranks, k, base.device, base.dtype):
+            return [Grouped(self.A, self.B, ranks, functools.partial(choose, k), self.experts.scale, rows)]
+        return [LowRank(self.A, self.B, self.experts.scale, mid=functools.partial(route, k, ranks), rows=rows, dropout=p)]
