@@ -18,6 +18,7 @@ from fastpeft.terms import (
     Composed,
     Dense,
     Gain,
+    Grouped,
     KhatriRao,
     Kron,
     LowRank,
@@ -50,6 +51,8 @@ def reference(x: Tensor, W: Tensor, bias: Tensor | None, terms: Sequence[Term], 
 
 
 def _added(x: Tensor, term: Term, W: Tensor, seed: Tensor | None) -> Tensor:
+    if isinstance(term, Grouped):
+        return _experts(x, term)
     if not isinstance(term, LowRank):
         return linear(x, delta_weight(term, x.dtype, shape=W.shape))  # type: ignore[arg-type]
     read = _drop(x, term.dropout, seed)
@@ -61,6 +64,19 @@ def _added(x: Tensor, term: Term, W: Tensor, seed: Tensor | None) -> Tensor:
         u = term.mid(u, None if term.rows is None else linear(x, term.rows), x)
     z = linear(u, B)
     return term.scale * (z if term.post is None else term.post(z))
+
+
+def _experts(x: Tensor, term: Grouped) -> Tensor:
+    """Every expert for every token, times its weight there, zero where it was not chosen."""
+    index, weight = term.choose(None if term.rows is None else linear(x, term.rows), x)
+    z = x.new_zeros(*x.shape[:-1], term.B.shape[0])
+    start = 0
+    for e, rank in enumerate(term.ranks):
+        A, B = term.A[start : start + rank], term.B[:, start : start + rank]
+        used = (index == e).to(x.dtype) if weight is None else torch.where(index == e, weight.to(x.dtype), 0)
+        z = z + used.sum(-1, keepdim=True) * linear(linear(x, A), B)
+        start += rank
+    return term.scale * z
 
 
 def _gain(gain: Gain, W: Tensor) -> Tensor:
@@ -87,6 +103,8 @@ def in_dtype(term: Term, dtype: torch.dtype) -> Term:
     match term:
         case LowRank():
             return replace(term, A=to(term.A), B=to(term.B), rows=None if term.rows is None else term.rows.to(dtype))
+        case Grouped():
+            return replace(term, A=term.A.to(dtype), B=term.B.to(dtype), rows=None if term.rows is None else term.rows.to(dtype))
         case Gain():
             return replace(term, g=term.g.to(dtype), over=None if term.over is None else in_dtype(term.over, dtype))  # type: ignore[arg-type]
         case Bias():

@@ -13,10 +13,12 @@ from torch import nn
 
 import fastpeft
 from fastpeft import linear as linear_module
+from fastpeft.base import Plain
 from fastpeft.cli import main
+from fastpeft.grouping import Limit
 from fastpeft.ops import lowrank, lowrank_cpu
 from fastpeft.registry import every_recipe
-from fastpeft.terms import LowRank
+from fastpeft.terms import Grouped, LowRank
 from fastpeft.verification import Difference, untrained, verify
 
 LINEAR = [r.name for r in every_recipe() if r.site == "linear" and not r.cls.ROUTED]
@@ -175,6 +177,14 @@ def test_routed_and_beside_a_block(tmp_path):
             assert model.transformer.h[0].attn.c_attn.adapter.moa.holder.routing.now is None
         else:
             assert not found.layers and len(found.untested) == 2 and found.untrained == {}
+
+
+def test_grouped_experts(monkeypatch):
+    monkeypatch.setattr("fastpeft.grouping.LIMITS", {("cpu", torch.float64): (Limit(64, 1, "here"),)})
+    model = two_layers("phatgoose", torch.float64, experts=4, rank=3, k=2)
+    assert any(isinstance(t, Grouped) for t in model[0].adapter.terms(Plain(model[0].weight)))
+    found = verify(model, torch.randn(9, 24, dtype=torch.float64))
+    assert found.right and all(d.size > 0 for d in found.layers["0"].values()), str(found)
 
 
 def test_command(tmp_path, capsys):
