@@ -24,7 +24,10 @@ class Limit(NamedTuple):
 
 
 # by device type and dtype of the base weight
-LIMITS: dict[tuple[str, torch.dtype], tuple[Limit, ...]] = {}
+LIMITS: dict[tuple[str, torch.dtype], tuple[Limit, ...]] = {
+    ("cpu", torch.float32): (Limit(active=32, total=256, source="experts.jsonl"),),
+    ("cpu", torch.bfloat16): (Limit(active=32, total=512, source="experts.jsonl"),),
+}
 
 
 def groups(ranks: Sequence[int], k: int, device: torch.device, dtype: torch.dtype) -> bool:
