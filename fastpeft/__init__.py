@@ -29,6 +29,7 @@ __all__ = [
     "CheckpointError",
     "Report",
     "__version__",
+    "accelerate",
     "adapt",
     "adapted_linear",
     "adapters_off",
@@ -36,10 +37,14 @@ __all__ = [
     "dropout_mask",
     "export_expert",
     "export_lora",
+    "fused_calls",
     "laplace",
     "load_adapter",
     "merge",
     "methods",
+    "peft_calls",
+    "reset_calls",
+    "restore",
     "save_adapter",
     "train",
     "unload",
@@ -50,4 +55,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in ("train", "laplace", "domains"):  # imported when asked for
         return importlib.import_module(f"fastpeft.{name}")
+    if name in ("accelerate", "restore", "fused_calls", "peft_calls", "reset_calls"):
+        return getattr(importlib.import_module("fastpeft.accelerated"), name)
     raise AttributeError(f"module 'fastpeft' has no attribute {name!r}")

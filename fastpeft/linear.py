@@ -16,7 +16,7 @@ from fastpeft.ops.family import resolve
 from fastpeft.ops.parts import Part
 from fastpeft.ops.seam import Down, One, OnePlan, Up, Whole, after_up
 from fastpeft.ops.steps import Plan, Read, Write
-from fastpeft.parts import part_of
+from fastpeft.parts import Inner, part_of
 from fastpeft.terms import Bias, Gain, Grouped, KhatriRao, LowRank, Term, validate
 
 
@@ -56,16 +56,24 @@ def run_terms(
     *,
     seed: Tensor | None = None,
     impl: str | None = None,
+    inner: torch.dtype | None = None,
 ) -> Tensor:
-    """adapted_linear without the checks of terms and x, for callers whose terms were checked when they were built."""
-    wholes: list[Term] = []
+    """adapted_linear without the checks of terms and x, for callers whose terms were checked when they were built.
+
+    inner: a dtype wider than y's in which plain LowRank terms and, without a gain, Kron terms and those of Khatri-Rao factors are
+    computed, and each sum rounded once; autocast must be off.
+    """
+    wholes: list[Any] = []
     if len(terms) == 1 and type(terms[0]) is LowRank and type(terms[0].A) is not KhatriRao:
         lows, gain = [terms[0]], None
     else:
         lows, gain, bias, wholes = _sorted(terms, bias)
-    run = _run_for(base, lows, gain, wholes)
     if seed is None and ((gain is not None and gain.dropout > 0.0) or any([t.dropout > 0.0 for t in lows])):
         seed = draw_seed(x.device)
+    if inner is not None:
+        gain, wholes = _widened(base, lows, gain, wholes, inner, seed)
+        lows = []
+    run = _run_for(base, lows, gain, wholes)
     device, dtype = x.device.type, base.dtype
     if not torch.is_autocast_enabled(device):
         return run(x, base, bias, lows, gain, wholes, seed, dtype, resolve(impl, device, x.dtype, dtype), None)
@@ -75,6 +83,21 @@ def run_terms(
     with torch.autocast(device, enabled=False):
         ops = resolve(impl, device, x.dtype, dtype)
         return run(x, base, bias, lows, gain, wholes, seed, dtype, ops, (device, middle))
+
+
+def _widened(
+    base: Any, lows: list[LowRank], gain: Gain | None, wholes: list[Any], inner: torch.dtype, seed: Tensor | None
+) -> tuple[Gain | None, list[Any]]:
+    """The gain of the base product alone, and the terms in `inner`, which are added after it: it is folded into their B."""
+    for t in lows:
+        if t.mid is not None or t.post is not None or t.rows is not None or t.blocks != 1:
+            raise ValueError("adapted_linear: a term with mid, post, rows or blocks is not computed in another dtype than y's.")
+    if gain is not None:
+        if wholes:
+            raise ValueError("adapted_linear: beside a gain only LowRank terms are computed in another dtype than y's.")
+        gain = Gain(_gain(base, gain), gain.dropout)  # type: ignore[arg-type]
+        lows = [LowRank(t.A, gain.g[:, None] * t.B, t.scale, dropout=t.dropout) for t in lows]
+    return gain, [Inner(t, inner, seed) for t in (*lows, *wholes)]
 
 
 def _gain(base: Any, gain: Gain | None) -> Tensor | None:
@@ -112,7 +135,7 @@ def _sorted(
     return (_grouped(lows) if len(lows) > 1 else lows), gain, bias, wholes
 
 
-def _run_for(base: Any, lows: list[LowRank], gain: Gain | None, wholes: list[Term]) -> Callable[..., Tensor]:
+def _run_for(base: Any, lows: list[LowRank], gain: Gain | None, wholes: list[Any]) -> Callable[..., Tensor]:
     """The Function, or Functions, that these terms need."""
     for t in lows:
         if t.mid is not None or t.post is not None or t.rows is not None:
@@ -123,7 +146,7 @@ def _run_for(base: Any, lows: list[LowRank], gain: Gain | None, wholes: list[Ter
 
 
 def _parts(
-    base: Any, wholes: list[Term], gain: Gain | None, dtype: torch.dtype, ops: Any, grad: bool, x: Tensor, autocast
+    base: Any, wholes: list[Any], gain: Gain | None, dtype: torch.dtype, ops: Any, grad: bool, x: Tensor, autocast
 ) -> tuple[tuple[Part, ...], list[Tensor], bool]:
     """Each whole term's part, their tensors, and whether one of those trains. A Grouped term's choice is made here."""
     if not wholes:

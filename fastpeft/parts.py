@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastpeft.ops import composed, dense, khatri_rao, kron, sparse
+from fastpeft.ops import composed, dense, khatri_rao, kron, sparse, wide
 from fastpeft.ops.parts import Part
-from fastpeft.terms import Composed, Dense, Kron, LowRank, Sparse, Term, plain_delta
+from fastpeft.terms import Composed, Dense, KhatriRao, Kron, LowRank, Sparse, Term, plain_delta
+
+
+class Inner(NamedTuple):
+    """A LowRank or Kron term that is computed in a wider dtype than y's; seed: of its dropout."""
+
+    term: Term
+    dtype: torch.dtype
+    seed: Tensor | None
 
 
 def part_of(
-    term: Term, base: Any, dtype: torch.dtype, *, on_base: bool, triton: bool
+    term: Term | Inner, base: Any, dtype: torch.dtype, *, on_base: bool, triton: bool
 ) -> tuple[Part, tuple[Tensor, ...]]:
     """The part of a Kron, Sparse, Dense or LowRank term of KhatriRao factors, and its tensors.
 
@@ -21,6 +29,8 @@ def part_of(
     """
     exact = base.dtype in (torch.float32, torch.float64) and dtype is base.dtype
     match term:
+        case Inner():
+            return _inner(term, base, triton)
         case Kron():
             return Part(_kron(triton), 2, term.scale), (term.C, term.D)
         case Sparse():
@@ -37,6 +47,19 @@ def part_of(
             ops = _khatri_rao(term, base, on_base and exact, triton)
             return Part(ops, 4, term.scale), (*term.A, *term.B)  # type: ignore[misc]
     raise TypeError(f"{type(term).__name__} is no term that is differentiated whole")
+
+
+def _inner(wanted: Inner, base: Any, triton: bool) -> tuple[Part, tuple[Tensor, ...]]:
+    term, dtype, seed = wanted
+    if isinstance(term, LowRank) and not isinstance(term.A, KhatriRao):
+        if seed is not None and torch.compiler.is_compiling():
+            seed = seed.clone()  # Dynamo takes no tensor twice
+        tensors = (term.A, term.B) if term.dropout == 0.0 else (term.A, term.B, seed)
+        return Part(wide.LowRank(dtype, term.dropout), len(tensors), term.scale, True), tensors  # type: ignore[return-value]
+    if not isinstance(term, (Kron, LowRank)):
+        raise ValueError(f"adapted_linear: {type(term).__name__} terms are not computed in another dtype than y's.")
+    part, own = part_of(term, base, dtype, on_base=False, triton=triton)
+    return part._replace(ops=wide.Wide(part.ops, dtype), onto_y=True), own
 
 
 def _kron(triton: bool) -> Any:

@@ -15,11 +15,16 @@ from torch import Tensor
 
 
 class Part(NamedTuple):
-    """ops: the family.   count: how many tensors it has.   scale: of the whole term."""
+    """ops: the family.   count: how many tensors it has.   scale: of the whole term.
+
+    onto_y: whether it is added to y when all else is there, gain and bias too, because it adds in a wider dtype; all of a call are,
+    or none, and the gain does not reach it.
+    """
 
     ops: Any
     count: int
     scale: float
+    onto_y: bool = False
 
 
 def split(parts: Sequence[Part], tensors: Sequence[Any]) -> list[tuple[Part, Sequence[Any]]]:

@@ -167,8 +167,9 @@ class Whole(torch.autograd.Function):
             ctx.plan, dy, z, gain, us, Bs, need_us, need[7 : 6 + n : 2], need[4], bias_dtype, False
         )
         dx, dW, dAs, dparts = read_back(
-            ctx, x, dz, gain, seed, dus, As, need[1], need[2], need_as, parts, need[6 + n : -1]
-        )
+            ctx, x, dz, gain, seed, dus, As, need[1], need[2], need_as, parts, need[6 + n : -1],
+            dy=dy if ctx.plan.parts and ctx.plan.parts[0].onto_y else None,
+        )  # fmt: skip
         out = [g for pair in zip(dAs, dBs, strict=True) for g in pair]
         return (None, dx, dW, dbias, dgain, None, *out, *dparts, None)
 

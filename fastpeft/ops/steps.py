@@ -71,12 +71,26 @@ def write(
     parts: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """y [tokens, out] and, with a gain, z: what the gain multiplies."""
+    shares = split(plan.parts, parts)
+    if not _onto_y(plan):
+        return _write(plan, x2, bias, gain, seed, extra, vs, Bs, shares)
+    y, z = _write(plan, x2, bias, gain, seed, extra, vs, Bs, ())
+    for part, tensors in shares:
+        part.ops.add(y, x2, tensors, part.scale)
+    return y, z
+
+
+def _onto_y(plan: Plan) -> bool:
+    return len(plan.parts) > 0 and plan.parts[0].onto_y
+
+
+def _write(plan: Plan, x2, bias, gain, seed, extra, vs, Bs, shares: Shares) -> tuple[Tensor, Tensor | None]:
+    """write, of parts that are not added onto y."""
     base = plan.base
     if x2.dtype is not plan.dtype:
         x2 = x2.to(plan.dtype)
     if bias is not None and bias.dtype is not plan.dtype:
         bias = bias.to(plan.dtype)
-    shares = split(plan.parts, parts)
     if gain is None:
         y = _sum(plan, x2, bias, vs, Bs, shares)
         return (y if extra is None else y.add_(extra)), None
@@ -192,14 +206,15 @@ def read_back(
     parts: Sequence[Tensor],
     need_parts: Sequence[bool],
     probes: tuple[Sequence[Tensor | None], Sequence[Tensor | None]] = ((), ()),
+    dy: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None], list[Tensor | None]]:
     """dx in x's shape and dtype, dW of a base weight that trains, dA_i, the gradients of the parts' tensors.
 
-    probes: dp_i and the rows that p_i came through.
+    probes: dp_i and the rows that p_i came through.   dy: what reaches parts that are added onto y.
     """
     plan = ctx.plan
     dropped = None
-    dh = _scaled(plan, dz, gain) if plan.parts and dz is not None else None
+    dh = _scaled(plan, dz, gain) if plan.parts and dz is not None and dy is None else None
     if gain is not None and plan.gain_p:
         dropped = None if dz is None else gain_ops.scale_rows(dz, gain - 1)  # [t, o] what meets drop(x) W^T
         gain = None
@@ -207,9 +222,14 @@ def read_back(
         gain = None
     x2 = None if x is None else flat(x)
     shares = split(plan.parts, parts)
-    dx, dparts = _parts_back(plan, dh, x2, shares, need_x, need_parts)
-    if need_x:
-        dx = _dx(ctx, dx, dz, gain, dropped, seed, dus, As, shares, *probes)
+    if dy is not None:
+        dx = _dx(ctx, None, dz, gain, dropped, seed, dus, As, (), *probes) if need_x else None
+        onto, dparts = _parts_back(plan, flat(dy), x2, shares, need_x, need_parts, None if dx is None else flat(dx))
+        dx = None if dx is None or onto is None else onto.reshape(dx.shape)
+    else:
+        dx, dparts = _parts_back(plan, dh, x2, shares, need_x, need_parts)
+        if need_x:
+            dx = _dx(ctx, dx, dz, gain, dropped, seed, dus, As, shares, *probes)
     dW = _dw(plan, x2, dz, gain, dropped, seed) if need_w and dz is not None else None
     dAs = [
         plan.ops.da(x2, du, A, seed=seed, p=read.p, blocks=read.blocks) if need and du is not None else None
@@ -224,10 +244,15 @@ def _scaled(plan: Plan, dz: Tensor, gain: Tensor | None) -> Tensor:
 
 
 def _parts_back(
-    plan: Plan, dh: Tensor | None, x2: Tensor | None, shares: Shares, need_x: bool, needs: Sequence[bool]
+    plan: Plan,
+    dh: Tensor | None,
+    x2: Tensor | None,
+    shares: Shares,
+    need_x: bool,
+    needs: Sequence[bool],
+    dx: Tensor | None = None,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The parts' share of dx and their gradients, from what reaches the terms."""
-    dx: Tensor | None = None
+    """The parts' share of dx, onto the given one, and their gradients, from what reaches the terms."""
     if dh is None or not shares:
         return None, [None] * len(needs)
     if x2 is not None and x2.dtype is not plan.dtype:
