@@ -230,7 +230,7 @@ def outer(
         return memory.zeros(tuple(like.shape), like.dtype, x.device)
     g = memory.empty(tuple(like.shape), like.dtype, x.device)
     sg_r, sg_c = (c, 1) if transposed else (1, total)
-    tile = tiles.outer(_rank(ranks), max(x.itemsize, u.itemsize), lowrank.architecture(x.device), False, False)
+    tile = tiles.gathered_outer(_rank(ranks), max(x.itemsize, u.itemsize), lowrank.architecture(x.device))
     col_tiles, rank_tiles = triton.cdiv(c, tile.cols), triton.cdiv(max(ranks), tile.rank)
     outer_kernel[(experts * col_tiles * rank_tiles,)](
         x, u, order, ends, _starts(tuple(ranks), x.device), x if w is None else w, g,

@@ -71,6 +71,12 @@ def outer(r: int, itemsize: int, arch: str, need_u: bool, gained: bool) -> Tile:
     )
 
 
+def gathered_outer(r: int, itemsize: int, arch: str) -> Tile:
+    """outer of rows whose addresses are looked up, which takes registers: wider tiles spilled on sm_80 and sm_100, and deeper ones on sm_80."""
+    tile = outer(r, itemsize, arch, False, False)
+    return tile._replace(cols=min(tile.cols, 64), stages=tile.stages if _large(arch) else 2)
+
+
 def norm(r: int, itemsize: int, arch: str) -> Tile:
     """Rows of W, over which the program walks in steps of cols; r = 0 without factors."""
     if itemsize > 2:
