@@ -258,7 +258,7 @@ def _shrink(
         dw = None if other is None or w is None else memory.zeros((pairs,), w.dtype, device)
         return memory.zeros((pairs, width), dtype, device), dw
     out = memory.empty((pairs, width), dtype, device)
-    tile = tiles.shrink(_rank(ranks), max(x.itemsize, dtype.itemsize), lowrank.architecture(device))
+    tile = tiles.gathered_shrink(_rank(ranks), max(x.itemsize, dtype.itemsize), lowrank.architecture(device))
     rank_tiles = triton.cdiv(max(ranks), tile.rank)
     dw = parts = None
     if other is not None and w is not None:
@@ -292,7 +292,7 @@ def _expand(
     lowrank._check_shapes((c,), bias=bias)
     if z.numel() == 0 or (max(ranks) == 0 and not fresh):
         return
-    tile = tiles.expand(_rank(ranks), max(z.itemsize, u.itemsize), lowrank.architecture(z.device))
+    tile = tiles.gathered_expand(_rank(ranks), max(z.itemsize, u.itemsize), lowrank.architecture(z.device))
     col_tiles = triton.cdiv(c, tile.cols)
     for place in range(k):
         new = fresh and place == 0

@@ -72,9 +72,23 @@ def outer(r: int, itemsize: int, arch: str, need_u: bool, gained: bool) -> Tile:
 
 
 def gathered_outer(r: int, itemsize: int, arch: str) -> Tile:
-    """outer of rows whose addresses are looked up, which takes registers: wider tiles spilled on sm_80 and sm_100, and deeper ones on sm_80."""
+    """outer of rows whose addresses are looked up, which takes registers: wider tiles spilled on sm_80 and sm_100, and on sm_80 deeper ones and
+    those of four warps (under Triton 3.6)."""
     tile = outer(r, itemsize, arch, False, False)
-    return tile._replace(cols=min(tile.cols, 64), stages=tile.stages if _large(arch) else 2)
+    tile = tile._replace(cols=min(tile.cols, 64))
+    return tile if _large(arch) else tile._replace(warps=max(tile.warps, 8 if itemsize <= 2 else 4), stages=2)
+
+
+def gathered_shrink(r: int, itemsize: int, arch: str) -> Tile:
+    """shrink of such rows: 128 columns spilled on sm_100 in fp16 (under Triton 3.6)."""
+    tile = shrink(r, itemsize, arch)
+    return tile._replace(cols=min(tile.cols, 64))
+
+
+def gathered_expand(r: int, itemsize: int, arch: str) -> Tile:
+    """expand to such rows: four warps spilled on sm_100 at a rank tile of 64 (under Triton 3.6)."""
+    tile = expand(r, itemsize, arch)
+    return tile._replace(warps=8) if itemsize <= 2 and tile.rank >= 64 else tile
 
 
 def norm(r: int, itemsize: int, arch: str) -> Tile:
