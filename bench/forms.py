@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import io
 import random
-import re
 import sysconfig
 import tokenize
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from fastpeft.job.data import Texts, taken
 from fastpeft.job.split import near_copies, split
-from fastpeft.job.stdlib import MAX_CHARACTERS, MAX_PER_CLASS, MIN_WORDS, docstrings, mask
+from fastpeft.job.stdlib import MAX_PER_CLASS, cleaned, docstrings, files
 
 DOMAINS = ("docstrings", "comments", "code")
 CLASSES = {
@@ -31,7 +30,7 @@ MIN_CODE_WORDS = 12
 
 def comments(package: str, root: Path) -> list[str]:
     """Comments that stand on lines of their own, consecutive ones as one."""
-    return [t for path in _files(package, root) for t in _clean(_blocks(path), package, MIN_WORDS)]
+    return [t for path in files(package, root) for t in cleaned(_blocks(path), package)]
 
 
 def _blocks(path: Path) -> Iterator[str]:
@@ -50,7 +49,7 @@ def _blocks(path: Path) -> Iterator[str]:
 
 def code(package: str, root: Path) -> list[str]:
     """Bodies of functions, without docstrings and comments."""
-    return [t for path in _files(package, root) for t in _clean(_bodies(path), package, MIN_CODE_WORDS)]
+    return [t for path in files(package, root) for t in cleaned(_bodies(path), package, MIN_CODE_WORDS)]
 
 
 def _bodies(path: Path) -> Iterator[str]:
@@ -58,17 +57,6 @@ def _bodies(path: Path) -> Iterator[str]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             yield "\n".join(map(ast.unparse, body))
-
-
-def _files(package: str, root: Path) -> list[Path]:
-    return [p for p in sorted((root / package).rglob("*.py")) if not {"test", "tests"} & set(p.relative_to(root).parts)]
-
-
-def _clean(texts: Iterator[str], package: str, least: int) -> Iterator[str]:
-    for text in texts:
-        text = " ".join(mask(" ".join(text.split()), package).split())[:MAX_CHARACTERS].strip()
-        if len(re.findall(r"\w+", text)) >= least:
-            yield text
 
 
 READERS: dict[str, Callable[[str, Path], list[str]]] = {"docstrings": docstrings, "comments": comments, "code": code}

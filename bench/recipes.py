@@ -46,7 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def entries(methods: list[str] | None) -> dict[str, tuple[str, dict[str, Any]]]:
     """Name in the table -> (method, options)."""
-    every = YARDSTICKS | {r.name: (r.name, OPTIONS.get(r.name, {})) for r in every_recipe() if not r.cls.ROUTED}  # whose routers need domains, which the job has not
+    every = YARDSTICKS | {r.name: (r.name, OPTIONS.get(r.name, {})) for r in every_recipe() if not r.cls.ROUTED}  # whose routers need the domains of the texts: bench.routed
     unknown = sorted(set(methods or ()) - every.keys())
     if unknown:
         raise SystemExit(f"bench.recipes: no such recipe: {', '.join(unknown)}; there are {', '.join(every)}.")

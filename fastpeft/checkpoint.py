@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.adapter import is_conv1d
-from fastpeft.folder import LIBRARY, CheckpointError, read_folder, read_gates, write_folder
+from fastpeft.folder import LIBRARY, PREFIX, CheckpointError, read_folder, read_gates, write_folder
 from fastpeft.leave import unload
 from fastpeft.patterns import exactly
 from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
@@ -28,7 +28,6 @@ from fastpeft.targets import checked_targets, matches, output_head
 _SETTINGS: dict[str, Any] = dict.fromkeys(
     ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
 )
-_PREFIX = "base_model.model."
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
@@ -104,7 +103,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
 
 
 def file_key(path: str, leaf: str) -> str:
-    return f"{_PREFIX}{path}.{leaf}" if path else f"{_PREFIX}{leaf}"
+    return f"{PREFIX}{path}.{leaf}" if path else f"{PREFIX}{leaf}"
 
 
 def _state(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
@@ -154,7 +153,7 @@ def beside_adapters(model: nn.Module, record: Adaptation) -> dict[str, Tensor]:
 
 def _wrapper_bias(key: str, record: Adaptation) -> bool:
     """True for the copies of a trained module's bias that PEFT writes under its wrapper's names with bias="all"."""
-    inside = (f"{_PREFIX}{name}.{part}." for name in record.originals for part in ("modules_to_save", "original_module"))
+    inside = (f"{PREFIX}{name}.{part}." for name in record.originals for part in ("modules_to_save", "original_module"))
     return record.bias == "all" and key.endswith("bias") and key.startswith(tuple(inside))
 
 

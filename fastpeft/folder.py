@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# before every key, as PEFT has it
+PREFIX = "base_model.model."
 CONFIG, WEIGHTS, GATES = "adapter_config.json", "adapter_model.safetensors", "adapter_gates.safetensors"
 LIBRARY = "fastpeft"
 _DIGEST = "weights_sha256"

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.folder import open_weights, read_folder, read_gates
-
-_HEAD = "base_model.model."
+from fastpeft.folder import PREFIX, open_weights, read_folder, read_gates
 
 
 @dataclass(frozen=True)
@@ -111,6 +109,6 @@ def _inspection(found: Inspection, tensors: Mapping[str, Tensor]) -> Inspection:
 
 def _split(key: str) -> tuple[str, str]:
     """Module and leaf of a key; a leaf such as lora_A.weight has two parts."""
-    parts = key.removeprefix(_HEAD).split(".")
-    cut = 2 if len(parts) > 2 and parts[-1] in ("weight", "bias") and "_" in parts[-2] and parts[-2].split("_")[0] in ("lora", "hada", "lokr") else 1
+    parts = key.removeprefix(PREFIX).split(".")
+    cut = 2 if len(parts) > 2 and parts[-2].startswith("lora_") else 1
     return ".".join(parts[:-cut]), ".".join(parts[-cut:])

@@ -326,14 +326,19 @@ def _validate_sparse(t: Sparse, out_features: int, in_features: int) -> None:
             "are int32 [2, nnz] and [nnz]."
         )
     if t.values.numel() and not torch.compiler.is_compiling():
-        rows, cols = t.index.long()
-        flat = rows * in_features + cols
-        inside = cols.min() >= 0 and cols.max() < in_features and rows.min() >= 0 and rows.max() < out_features
-        if not inside or bool((flat[1:] <= flat[:-1]).any()):
+        if not in_order(t.index, out_features, in_features):
             raise ValueError(
                 f"adapted_linear: Sparse.index must lie inside [{out_features}, {in_features}], in row-major order and "
                 "without repetition; sort it, and add up the values of repeated entries."
             )
+
+
+def in_order(index: Tensor, out_features: int, in_features: int) -> bool:
+    """Whether the entries [2, nnz] of a Sparse term lie inside of [out, in], in row-major order and without repetition. Waits for the device."""
+    rows, cols = index.long()
+    flat = rows * in_features + cols
+    inside = (rows >= 0) & (rows < out_features) & (cols >= 0) & (cols < in_features)
+    return bool(inside.all() & (flat[1:] > flat[:-1]).all())
 
 
 def _validate_grouped(t: Grouped, out_features: int, in_features: int) -> None:

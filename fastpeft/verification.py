@@ -113,7 +113,7 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
         if not is_linear_layer(module):
             found.untested[name] = f"{type(module).__name__} is no linear layer: its adapter sits beside a whole block"
         else:
-            handles.append(module.register_forward_hook(_hook(name, found)))
+            handles.append(module.register_forward_hook(_hook(name, found), with_kwargs=True))
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
@@ -129,15 +129,15 @@ def verify(model: nn.Module, *args: Any, **kwargs: Any) -> Verification:
     return found
 
 
-def _hook(name: str, found: Verification) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
-    def hook(module: Any, args: tuple[Any, ...], output: Tensor) -> None:
+def _hook(name: str, found: Verification) -> Callable[[Any, tuple[Any, ...], dict[str, Any], Tensor], None]:
+    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         if name in found.layers:
             return
         if not module.adapter.enabled:
             found.untested[name] = "its adapter is switched off"
             return
-        found.layers[name] = {}  # what follows calls the layer again
-        found.layers[name] = compare(module, args[0])
+        (x,) = (*args, *kwargs.values())
+        found.layers[name] = compare(module, x)
 
     return hook
 

@@ -49,14 +49,8 @@ def test_every_method_is_right(name, dtype):
 @pytest.mark.parametrize("name", ["lora", "dora", "melora", "hydralora", "sora", "prolora"])
 def test_dropout_is_compared_with_its_own_mask(name):
     model = two_layers(name, torch.float64, dropout=0.4)
-    state = torch.get_rng_state()
     found = verify(model.train(), torch.randn(7, 24, dtype=torch.float64))
-    assert found.right, str(found)
-    assert not torch.equal(state, torch.get_rng_state())  # randn above moved it, verify did not
-    state = torch.get_rng_state()
-    verify(model, torch.randn(1, 24, dtype=torch.float64).zero_())
-    torch.randn(1, 24, dtype=torch.float64)
-    assert model.training
+    assert found.right and model.training, str(found)
 
 
 def test_the_generator_is_left_alone():

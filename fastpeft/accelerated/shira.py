@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastpeft.accelerated.reading import NONE_ACTIVE, OWN, Found, Why, active
-from fastpeft.terms import Sparse, Term
+from fastpeft.terms import Sparse, Term, in_order
 
 COMPILED = Why("compiled code cannot look at the order of the support")
 UNORDERED = Why("the support is not in row-major order, has an entry twice or lies outside of the weight")
@@ -50,15 +50,8 @@ def read(layer: Any) -> Found | Why:
 
 def _ordered(index: Tensor, shape: tuple[int, int]) -> bool:
     if index.is_inference():  # has no version
-        return _in_order(index, shape)
+        return in_order(index, *shape)
     known = _CHECKED.get(index)
     if known is None or known[:2] != (index._version, shape):
-        known = _CHECKED[index] = (index._version, shape, _in_order(index, shape))
+        known = _CHECKED[index] = (index._version, shape, in_order(index, *shape))
     return known[2]
-
-
-def _in_order(index: Tensor, shape: tuple[int, int]) -> bool:
-    rows, cols = index.long()
-    flat = rows * shape[1] + cols
-    inside = (rows >= 0) & (rows < shape[0]) & (cols >= 0) & (cols < shape[1])
-    return bool(inside.all() & (flat[1:] > flat[:-1]).all())

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft.folder import CheckpointError, read_folder, replace_file
+from fastpeft.checkpoint import some
+from fastpeft.folder import PREFIX, CheckpointError, read_folder, replace_file
 from fastpeft.patterns import by_pattern
 
-_HEAD = "base_model.model."
 # peft_type -> leaf in PEFT's folder -> leaf in the file
 _LORA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight", "lora_magnitude_vector": "dora_scale"}
 _HADA = [f"hada_w{half}_{side}" for half in (1, 2) for side in "ab"]
@@ -43,7 +43,7 @@ def to_lycoris(folder: str | os.PathLike[str], file: str | os.PathLike[str], *, 
     # an adapter without a layer of its own is no adapter
     if strange or not layers:
         raise CheckpointError(
-            f"to_lycoris: {folder} holds {f'tensors that such a file has no place for: {chr(44).join(strange[:6])}' if strange else 'no adapter'}; "
+            f"to_lycoris: {folder} holds {f'tensors that such a file has no place for: {some(strange)}' if strange else 'no adapter'}; "
             "train without biases and modules_to_save, and on linear layers alone."
         )
     found: dict[str, Tensor] = {}
@@ -64,10 +64,10 @@ def _layers(tensors: Mapping[str, Tensor], known: Mapping[str, str]) -> tuple[di
     strange = []
     for key, tensor in tensors.items():
         leaf = next((n for n in known if key.endswith(f".{n}")), None)
-        if leaf is None or not key.startswith(_HEAD) or tensor.dim() != (1 if leaf == "lora_magnitude_vector" else 2):
+        if leaf is None or not key.startswith(PREFIX) or tensor.dim() != (1 if leaf == "lora_magnitude_vector" else 2):
             strange.append(key)
         else:
-            site = key.removeprefix(_HEAD).removesuffix(f".{leaf}")
+            site = key.removeprefix(PREFIX).removesuffix(f".{leaf}")
             layers.setdefault(site, {})[known[leaf]] = tensor
     return layers, strange
 

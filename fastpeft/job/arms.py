@@ -14,6 +14,7 @@ from fastpeft.job.data import DOMAIN
 from fastpeft.job.errors import JobError
 from fastpeft.job.procedures import build_procedures, check_fit, without_source
 from fastpeft.job.settings import CLASSIFICATION, Settings
+from fastpeft.routing_hooks import is_routed
 
 FROZEN, PEFT, FASTPEFT = "frozen", "peft", "fastpeft"
 
@@ -23,7 +24,6 @@ class Arm:
     """name: FROZEN, PEFT or FASTPEFT.   title: for tables.   note: one sentence on what this arm is.
 
     procedures: fastpeft.train's, which the method needs around each step or the user has added.
-    routed: whether the model is told the domain of each text in training.
     """
 
     name: str
@@ -31,11 +31,10 @@ class Arm:
     note: str
     model: Any
     procedures: list[Any] = field(default_factory=list)
-    routed: bool = False
 
     def inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the model is called with in training."""
-        return {k: v for k, v in batch.items() if k != DOMAIN or self.routed}
+        """What the model is called with in training: a model with routers is told the domain of each text."""
+        return {k: v for k, v in batch.items() if k != DOMAIN or is_routed(self.model)}
 
     @property
     def trainable(self) -> int:
@@ -113,7 +112,7 @@ def _fastpeft(model: Any, new: list[str], settings: Settings) -> Arm:
     for p in without_source(procedures):
         note += f"; {p.HOLDS_OUT:.0%} of the training examples are {type(p).__name__}'s alone, no arm trains on them"
     note = "; ".join([note, *report.notes])
-    return Arm(FASTPEFT, f"fastpeft {settings.method}", note, model, procedures, settings.routed)
+    return Arm(FASTPEFT, f"fastpeft {settings.method}", note, model, procedures)
 
 
 def _peft(model: Any, new: list[str], settings: Settings) -> Arm:

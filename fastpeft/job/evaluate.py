@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastpeft.domains import choices
 from fastpeft.job.data import DOMAIN, Examples
 from fastpeft.job.settings import Settings
+from fastpeft.routing_hooks import is_routed
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,6 @@ def evaluate(model: Any, held: Examples, settings: Settings) -> Score:
 
 def choices_of(model: Any) -> list[Tensor]:
     """Of each block with a router the expert of each example [batch] in the last forward; none of a model without."""
-    from fastpeft.domains import choices
-    from fastpeft.routing_hooks import is_routed
-
     return list(choices(model).values()) if is_routed(model) else []
 
 

@@ -45,19 +45,16 @@ class Plan:
 
     data: a source per task, none for the built-in ones.   eval_data: none, or one per task.
     compare: train the controls too; the adapter that is kept is that of settings.method either way.
-    only: of these arms those named (all, if empty), for `prepare` and `learn` by themselves.
     """
 
     settings: Settings
     data: tuple[str, ...] = ()
     eval_data: tuple[str, ...] = ()
     compare: bool = False
-    only: tuple[str, ...] = ()
 
     @property
     def arms(self) -> list[str]:
-        every = [O_LORA, INCREMENTAL, ONE, HEADS] if self.compare else [self.settings.method]
-        return [name for name in every if name in (self.only or every)]
+        return [O_LORA, INCREMENTAL, ONE, HEADS] if self.compare else [self.settings.method]
 
 
 @dataclass

@@ -13,6 +13,7 @@ import ast
 import random
 import re
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 from fastpeft.job.errors import JobError
@@ -45,15 +46,22 @@ def docstrings(package: str, root: Path) -> list[str]:
     Whitespace is collapsed, texts are cut at MAX_CHARACTERS, and texts under MIN_WORDS words are dropped.
     """
     texts = []
-    for path in sorted((root / package).rglob("*.py")):
-        if {"test", "tests"} & set(path.relative_to(root).parts):
-            continue
+    for path in files(package, root):
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, _DOCUMENTED) and (doc := ast.get_docstring(node)):
-                text = " ".join(mask(" ".join(doc.split()), package).split())[:MAX_CHARACTERS].strip()
-                if len(re.findall(r"\w+", text)) >= MIN_WORDS:
-                    texts.append(text)
+                texts += cleaned([doc], package)
     return texts
+
+
+def files(package: str, root: Path) -> list[Path]:
+    """The sources of one package under the library folder `root`, in order, without test folders."""
+    return [p for p in sorted((root / package).rglob("*.py")) if not {"test", "tests"} & set(p.relative_to(root).parts)]
+
+
+def cleaned(texts: Iterable[str], package: str, least: int = MIN_WORDS) -> list[str]:
+    """The texts masked, white space collapsed, cut at MAX_CHARACTERS; those under `least` words are dropped."""
+    found = (" ".join(mask(" ".join(t.split()), package).split())[:MAX_CHARACTERS].strip() for t in texts)
+    return [t for t in found if len(re.findall(r"\w+", t)) >= least]
 
 
 def harvest(

@@ -127,7 +127,9 @@ def _move(model: Any) -> None:
     """Adapter parameters away from their start, where a factor that is zero would leave nothing to compare."""
     import torch
 
+    from fastpeft.job.loop import is_own
+
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.requires_grad and ".adapter." in f".{name}" and p.is_floating_point():
+            if p.requires_grad and is_own(f".{name}") and p.is_floating_point():
                 p.add_(torch.randn_like(p) * 0.02)
