@@ -10,7 +10,7 @@ bench/results/routed.jsonl with accuracy per domain and on all held-out texts (t
   one LoRA on the mixture of the same rank;
   HydraLoRA on the mixture, and a LoRA of at least as many numbers.
 
-Every text is seen equally often by every arm that learns from it. --pilot: the mixture's arms with each of LRS on seed 100, which
+Every text is seen equally often by every LoRA and HydraLoRA that learns from it; routers and gates have epochs of their own. --pilot: the mixture's arms with each of LRS on seed 100, which
 is not reported; each has its best rate there in all other runs (the experts that of LoRA 8). A run that the file holds is not made again.
 """
 
