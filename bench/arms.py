@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from bench.machine import name_of
 from fastpeft.job.arms import FASTPEFT, FROZEN, PEFT, copy_start, peft_counterpart
 from fastpeft.job.layerbench import Shape, layers
+from fastpeft.ops.family import implementation
 
 AGAIN = "frozen again"
 
@@ -48,19 +48,9 @@ class Arm:
     def adapter_dtype(self) -> list[str]:
         return sorted({name_of(p.dtype) for p in self.parameters.values()})
 
-    @contextlib.contextmanager
-    def using(self) -> Iterator[None]:
+    def using(self) -> contextlib.AbstractContextManager[None]:
         """Everything that runs the arm stands in here."""
-        before = os.environ.get("FASTPEFT_IMPL")
-        if self.impl is not None:
-            os.environ["FASTPEFT_IMPL"] = self.impl
-        try:
-            yield
-        finally:
-            if self.impl is not None:
-                os.environ.pop("FASTPEFT_IMPL")
-                if before is not None:
-                    os.environ["FASTPEFT_IMPL"] = before
+        return contextlib.nullcontext() if self.impl is None else implementation(self.impl)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.autocast is None:

@@ -4,7 +4,7 @@ AFLoRA with the authors' GLUE shares of the steps (5 % all trains, then the cubi
 beside the same layers with A and B always frozen, always frozen at the rank that gives as many trained numbers as AFLoRA has on
 average over the steps, and never frozen. train_square is off, as in that code: 24 matrices freeze, A and B of the feed-forward
 linears, whose sides differ; those of the attention's square ones are frozen in every arm. Texts are cut at 24 tokens, half of the
-job's own length, for time.
+job's own length, for time. --epochs: 3, or longer; runs of another length are other runs, in a table and a plot of their own.
 
 Each arm is trained with both rates at the first seed, and with the one of lower evaluation loss at the others. One line per run to
 bench/results/freezing.jsonl; a run that the file holds is not made again.
@@ -30,7 +30,7 @@ from fastpeft.method.aflora import AFLoRA
 FILE = RESULTS / "freezing.jsonl"
 RANK = 4  # the authors'
 START, TAIL = 0.05, 0.7  # one epoch and fourteen of twenty, at any length
-LENGTH = 24
+LENGTH, EPOCHS = 24, 3
 RATES = (1e-2, 3e-2)  # the published one, and a higher one, for this run is short
 ARMS = ADAPTIVE, FROZEN, FREE, EQUAL = "AFLoRA", "always frozen", "never frozen", "always frozen, equal numbers"
 
@@ -78,7 +78,7 @@ def numbers(t: Trainee, begins: int, sizes: dict[str, int]) -> dict[str, float]:
 
 def equal_rank(bench: Bench) -> int:
     """The rank at which the vectors alone have as many numbers as AFLoRA trained on average: d has one per rank and layer."""
-    rows = [r for r in read() if r["title"] == ADAPTIVE and r["epochs"] == bench.base.epochs]
+    rows = [r for r in read(bench.base.epochs) if r["title"] == ADAPTIVE]
     if not rows:
         if bench.base.quick:
             return 8  # it keeps no rows; any rank shows that it runs
@@ -88,41 +88,42 @@ def equal_rank(bench: Bench) -> int:
     return round((statistics.fmean(r["numbers"]["mean"] for r in rows) - sum(m.db.numel() for m in layers)) / len(layers))
 
 
-def read() -> list[dict[str, Any]]:
-    return read_rows(FILE)
+def read(epochs: int) -> list[dict[str, Any]]:
+    return [r for r in read_rows(FILE) if r["epochs"] == epochs]
 
 
-def best_rate(title: str) -> float:
+def best_rate(title: str, epochs: int) -> float:
     """That of the lower loss at the end among the first seed's."""
-    rows = [r for r in read() if r["title"] == title]
+    rows = [r for r in read(epochs) if r["title"] == title]
     first = [r for r in rows if r["seed"] == rows[0]["seed"]]
     return min(first, key=lambda r: r["losses"][-1])["lr"]
 
 
 def train_all(bench: Bench, seeds: list[int], arms: list[str]) -> None:
+    epochs = bench.base.epochs
     for k, seed in enumerate(seeds):
         for title in arms:
             rank = RANK
             if title == EQUAL:
-                held = [r["options"]["rank"] for r in read() if r["title"] == EQUAL]
+                held = [r["options"]["rank"] for r in read(epochs) if r["title"] == EQUAL]
                 rank = held[0] if held else equal_rank(bench)
-            for lr in RATES if k == 0 or bench.base.quick else [best_rate(title)]:
-                if bench.base.quick or (title, lr, seed) not in {(r["title"], r["lr"], r["seed"]) for r in read()}:
+            for lr in RATES if k == 0 or bench.base.quick else [best_rate(title, epochs)]:
+                if bench.base.quick or (title, lr, seed) not in {(r["title"], r["lr"], r["seed"]) for r in read(epochs)}:
                     run(bench, title, rank, lr, seed)
 
 
-def chosen() -> dict[str, list[dict[str, Any]]]:
+def chosen(epochs: int) -> dict[str, list[dict[str, Any]]]:
     """Title -> the rows of its best rate, one per seed."""
-    titles = dict.fromkeys(r["title"] for r in read())
-    return {t: [r for r in read() if r["title"] == t and r["lr"] == best_rate(t)] for t in titles}
+    titles = dict.fromkeys(r["title"] for r in read(epochs))
+    return {t: [r for r in read(epochs) if r["title"] == t and r["lr"] == best_rate(t, epochs)] for t in titles}
 
 
-def table() -> str:
+def table(epochs: int) -> str:
     lines = ["| arm | rank | rate (the other's loss) | trains at first | in the last step | mean over the steps | loss | accuracy | per seed |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    for title, rows in chosen().items():
+    for title, rows in chosen(epochs).items():
         r, n = rows[0], {k: statistics.fmean(q["numbers"][k] for q in rows) for k in ("first", "last", "mean")}
-        other = [q["losses"][-1] for q in read() if q["title"] == title and q["lr"] != r["lr"]]
+        other = [q["losses"][-1] for q in read(epochs) if q["title"] == title and q["lr"] != r["lr"]]
         rate = f"{r['lr']:g} ({', '.join(f'{v:.3f}' for v in other)})"
         accuracy = [q["accuracies"][-1] for q in rows]
         loss = statistics.fmean(q["losses"][-1] for q in rows)
@@ -132,14 +133,14 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def plot() -> None:
+def plot(epochs: int) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    rows = chosen()
+    rows = chosen(epochs)
     for r in rows[ADAPTIVE]:
         steps = r["steps"]
         found = History(r["history"]).by_type(statistics.fmean)
@@ -156,7 +157,7 @@ def plot() -> None:
     right.set(xlabel="epoch", ylabel="accuracy", title="mean and seeds")
     for axis in (left, right):
         axis.legend(fontsize=8)
-    figure.savefig(FILE.with_suffix(".png"), dpi=110)
+    figure.savefig(FILE.with_name(FILE.stem + ("" if epochs == EPOCHS else f"-{epochs}") + ".png"), dpi=110)
     plt.close(figure)
 
 
@@ -164,15 +165,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one epoch on few examples: does it run?")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
     if args.seeds:
-        train_all(Bench(Settings(compare=False, threads=args.threads, quick=args.quick, max_length=LENGTH, epochs=1 if args.quick else 3)), args.seeds, args.arms)
+        train_all(Bench(Settings(compare=False, threads=args.threads, quick=args.quick, max_length=LENGTH, epochs=1 if args.quick else args.epochs)), args.seeds, args.arms)
     if args.plot:
-        plot()
-    print(table())
+        plot(args.epochs)
+    print(table(args.epochs))
 
 
 if __name__ == "__main__":

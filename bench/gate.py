@@ -24,6 +24,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from fastpeft.ops.launch import kernels
 from fastpeft.ops.nf4 import per_byte
@@ -32,6 +33,8 @@ lowrank, dora = kernels("lowrank"), kernels("dora")
 sparse = kernels("sparse")
 kron, hadamard = kernels("kron"), kernels("hadamard")
 nf4, grouped = kernels("nf4"), kernels("grouped")
+product, product_hopper = kernels("product"), kernels("product_hopper")
+MODULES = (lowrank, sparse, dora, kron, hadamard, nf4, grouped, product, product_hopper)
 tiles = lowrank.tiles
 
 TARGETS = {
@@ -266,9 +269,24 @@ def nf4_cases(
     }
 
 
+def product_cases(
+    tile: Any, dtype: torch.dtype = torch.bfloat16, factor: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
+    """One tile of either kernel, both directions, with a share of rank 16 and without; `factor` plays no part: the share comes in
+    x's dtype."""
+    module = product if isinstance(tile, product.PlainTile) else product_hopper
+    x, W, u, F = meta(T, C, dtype=dtype), meta(C, C, dtype=dtype), meta(T, 16, dtype=dtype), meta(C, 16, dtype=dtype)
+    return {
+        "y": lambda: module.product(x, W, None, None, meta(T, C, dtype=dtype), False, tile, 132),
+        "y, share": lambda: module.product(x, W, u, F, meta(T, C, dtype=dtype), False, tile, 132),
+        "dx": lambda: module.product(x, W, None, None, meta(T, C, dtype=dtype), True, tile, 132),
+        "dx, share": lambda: module.product(x, W, u, meta(16, C, dtype=dtype), meta(T, C, dtype=dtype), True, tile, 132),
+    }
+
+
 CASES: dict[str, Callable[..., dict[str, Callable[[], Any]]]] = {
     "lowrank": lowrank_cases, "sparse": sparse_cases, "dora": dora_cases, "kron": kron_cases, "hadamard": hadamard_cases,
-    "nf4": nf4_cases, "grouped": grouped_cases,
+    "nf4": nf4_cases, "grouped": grouped_cases, "product": product_cases, "product_hopper": product_cases,
 }  # fmt: skip
 # one rank per rank tile, ranks whose rows are not aligned, and ranks of several rank tiles; the default is a LoRA of rank 16
 EVERY = (*tiles.RANKS, 3, 20, 256)
@@ -295,7 +313,12 @@ HADAMARD_EVERY = (1, 3, 4, 5, 8, 12, 16, 20, 32)
 SIZES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {
     "kron": (KRON_DEFAULT, KRON_EVERY), "hadamard": (HADAMARD_DEFAULT, HADAMARD_EVERY),
     "nf4": (NF4_DEFAULT, NF4_EVERY), "grouped": (GROUPED_DEFAULT, GROUPED_EVERY),
+    "product": ((product.PlainTile(),), product.TILES), "product_hopper": ((product_hopper.ProductTile(),), product_hopper.TILES),
 }  # fmt: skip
+
+
+# families that only these cards have the instructions for
+ONLY = {"product": ("sm_90", "sm_100"), "product_hopper": ("sm_90",)}
 
 
 @contextlib.contextmanager
@@ -303,7 +326,7 @@ def recorded() -> Iterator[list[Launch]]:
     """Launches inside the block are kept and not run."""
     seen: list[Launch] = []
     with contextlib.ExitStack() as stack:
-        for kernel in (k for module in (lowrank, sparse, dora, kron, hadamard, nf4, grouped) for k in module.KERNELS):
+        for kernel in (k for module in MODULES for k in module.KERNELS):
             stack.enter_context(mock.patch.object(kernel, "run", _recorder(kernel, seen)))
         yield seen
 
@@ -339,13 +362,22 @@ def source(launch: Launch) -> ASTSource:
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + NAMES[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif hasattr(value, "block_shape"):
+            signature[parameter.name] = _described(value)
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if special and value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    kind = GluonASTSource if isinstance(launch.kernel, GluonJITFunction) else ASTSource
+    return kind(launch.kernel, signature, constants, attributes)
+
+
+def _described(descriptor: Any) -> str:
+    """A tensor descriptor's type; Gluon's names its layout too."""
+    layout = getattr(descriptor, "layout", None)
+    return f"tensordesc<{NAMES[descriptor.base.dtype]}{list(descriptor.block_shape)}{'' if layout is None else f',{layout!r}'}>"
 
 
 def build(launch: Launch, target: str) -> Any:
@@ -359,7 +391,7 @@ def row(case: str, launch: Launch, target: str) -> Row:
     text = compiled.asm["ptx"] if cuda else compiled.asm["amdgcn"]
     registers, spills = _cuda_usage(compiled.asm["cubin"]) if cuda else _amd_usage(text)
     arguments = launch.arguments
-    names = ("BT", "BO", "BC", "BI", "BJ", "BK", "BL", "BR", "RI", "P", "BLOCK", "BYTES")
+    names = ("BM", "BN", "BT", "BO", "BC", "BI", "BJ", "BK", "BL", "BR", "RI", "P", "BLOCK", "BYTES")
     sizes = [arguments[k] for k in names if k in arguments]
     tile = (
         "x".join(map(str, sizes))
@@ -367,8 +399,13 @@ def row(case: str, launch: Launch, target: str) -> Row:
     )
     return Row(
         case, launch.kernel.fn.__name__, tile, target, registers, spills, compiled.metadata.shared,
-        len(re.findall(MMA[target], text)), len(re.findall(PTX_F64 if cuda else AMD_F64, text)), "tt.dot" in compiled.asm["ttir"],
+        len(re.findall(MMA[target], text)), len(re.findall(PTX_F64 if cuda else AMD_F64, text)), _dots(compiled.asm),
     )  # fmt: skip
+
+
+def _dots(asm: dict[str, Any]) -> bool:
+    """Gluon begins at the GPU's own form."""
+    return "tt.dot" in asm["ttir"] if "ttir" in asm else "warp_group_dot" in asm["ttgir"]
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
@@ -395,7 +432,7 @@ def rows(
 ) -> list[Row]:
     """Every case of `family` at every size, a rank for most, once per distinct build."""
     table, done = [], set()
-    for target, size in itertools.product(targets, sizes):
+    for target, size in itertools.product([t for t in targets if t in ONLY.get(family, TARGETS)], sizes):
         for case, call in CASES[family](size, **dtypes).items():
             for launch in launches(call, target):
                 key = (target, source(launch).hash(), *launch.options.values())

@@ -172,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--pilot", action="store_true")
+    parser.add_argument("--arms", nargs="+", choices=[*MIXTURE], help="of the mixture alone; default: all, and the experts")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--quick", action="store_true", help="few texts, kept nowhere: does it run?")
     parser.add_argument("--threads", type=int)
@@ -188,10 +189,10 @@ def main() -> None:
         rates = dict.fromkeys(MIXTURE, LRS[1]) if args.quick else best_rates(read())
         for seed in args.seeds or ([0] if args.quick else []):
             start = bench.with_trained_head(seed, HEAD_LR)
-            if ("MoA", seed, ROUTER_LR) not in done:
+            if not args.arms and ("MoA", seed, ROUTER_LR) not in done:
                 experts(bench, rates["LoRA 8"], seed, start)
             for title, lr in rates.items():
-                if (title, seed, lr) not in done:
+                if (not args.arms or title in args.arms) and (title, seed, lr) not in done:
                     mixture(bench, title, lr, seed, start)
     if args.plot:
         plot()

@@ -174,6 +174,24 @@ def test_gpu_rehearsal_goes_on_where_it_stopped(tmp_path):
     assert {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == files
 
 
+def test_checks_come_first_and_at_once(tmp_path):
+    """By two processes; the stage that times takes them over, and makes none again."""
+    command = [sys.executable, "-W", "ignore", "-m", "bench.gpu_run", "--device", "cpu", "--dry", "--stages", "products"]
+    environment = os.environ | {"OUT": str(tmp_path)}
+    done = subprocess.run([*command, "--jobs", "2", "--checks"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (part,) = tmp_path.glob("*.part")
+    found = [json.loads(line) for line in part.read_text().splitlines()]
+    assert found and all("check" in f["head"] and f["rows"][0]["right"] for f in found)
+    marked = [f | {"rows": [r | {"mark": n} for r in f["rows"]]} for n, f in enumerate(found)]
+    part.write_text("".join(json.dumps(f) + "\n" for f in marked))
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "products-cpu-dry.json").read_text())["rows"]
+    assert [r["mark"] for r in rows if "check" in r] == list(range(len(found)))
+    assert {r["direction"] for r in rows if "variant" in r} == {"y", "dx"}
+
+
 def test_plots_of_what_is_kept(tmp_path):
     from bench import plot
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastpeft.adapter import base_of, is_conv1d, release
 from fastpeft.base import Plain
 from fastpeft.ops.dropout import draw_seed
+from fastpeft.ops.family import implementation
 from fastpeft.record import adapted_modules
 from fastpeft.reference import in_dtype, reference
 from fastpeft.targets import is_linear_layer
@@ -220,7 +221,9 @@ def _in_float64(module: Any, x: Tensor, seed: Tensor, dy: Tensor) -> dict[str, T
     if "weight" in leaves:
         W = leaves["weight"].t() if is_conv1d(module) else leaves["weight"]
     bias = leaves.get("bias", None if bias is None else bias.detach().double())
-    with torch.autocast(x.device.type, enabled=False):
+    for name, method in module.adapter.methods().items():
+        wide.methods()[name].attached = method.attached  # a copy has no procedure of its own, and needs none: it takes no step
+    with torch.autocast(x.device.type, enabled=False), implementation("torch"):
         terms = [in_dtype(t, torch.float64) for t in wide.terms(Plain(W))]
         y = reference(x, W, bias, terms, seed)
     shell = copy.copy(module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fastpeft.base import Plain
 from fastpeft.cli import main
 from fastpeft.grouping import Limit
 from fastpeft.ops import lowrank, lowrank_cpu
-from fastpeft.registry import every_recipe
+from fastpeft.registry import Method, every_recipe
 from fastpeft.terms import Grouped, LowRank
 from fastpeft.verification import Difference, untrained, verify
 
@@ -51,6 +52,31 @@ def test_dropout_is_compared_with_its_own_mask(name):
     model = two_layers(name, torch.float64, dropout=0.4)
     found = verify(model.train(), torch.randn(7, 24, dtype=torch.float64))
     assert found.right and model.training, str(found)
+
+
+@pytest.mark.parametrize("name", ["delta_lora", "periodic_lora", "galore"])
+def test_in_training_under_a_procedure(name):
+    """These do not run in training without one; the copy that the truth comes from has none of its own."""
+    model = two_layers(name, torch.float64).train()
+    x = torch.randn(7, 24, dtype=torch.float64)
+    for module in model.modules():
+        if isinstance(module, Method):
+            module.attached = True
+    found = verify(model, x)
+    assert found.right and not found.untested, str(found)
+
+
+def test_the_truth_is_no_kernels(monkeypatch):
+    """fp64 is what no Triton kernel takes: asked for by name, Triton still has nothing to do with what it is held against."""
+    from fastpeft.ops import family
+
+    asked = []
+    resolve = family.resolve
+    monkeypatch.setattr("fastpeft.ops.rownorm.resolve", lambda impl, device, *d: asked.append(os.environ.get("FASTPEFT_IMPL")) or resolve("torch", device, *d))
+    monkeypatch.setattr("fastpeft.linear.resolve", lambda impl, device, *d: resolve("torch", device, *d))
+    monkeypatch.setenv("FASTPEFT_IMPL", "triton")
+    assert verify(two_layers("dora", torch.float32, grad="full").eval(), torch.randn(3, 24)).right
+    assert set(asked) == {"triton", "torch"} and os.environ["FASTPEFT_IMPL"] == "triton"
 
 
 def test_the_generator_is_left_alone():

@@ -142,11 +142,14 @@ def tune(posterior: Posterior, asked: Calibration, held_out: Iterable[Any] | Non
 
 def predict(posterior: Posterior, loader: Iterable[Any], asked: Calibration) -> tuple[dict[str, Tensor], Tensor]:
     """Per kind the probabilities [samples, classes] of all of loader's samples, from one look at each, and their labels."""
-    generator = torch.Generator(posterior.precision.device).manual_seed(asked.seed)
+    generator: torch.Generator | None = None
     found: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     labels = []
     for batch in loader:
         f, S = posterior.logits(batch)
+        if generator is None:
+            # where the logits are: the precision, a number, may lie elsewhere
+            generator = torch.Generator(f.device).manual_seed(asked.seed)
         for kind, parts in found.items():
             parts.append(library.predictive(f, S, kind, samples=asked.samples, generator=generator))
         labels.append(posterior.read.read_labels(batch, f))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,3 +32,16 @@ def resolve(impl: str | None, device: str, *dtypes: torch.dtype) -> Any:
     if chosen not in IMPLS:
         raise ValueError(f"adapted_linear: impl={chosen!r} does not exist; choose one of {', '.join(IMPLS)}.")
     return lowrank if chosen == "torch" else lowrank_triton
+
+
+@contextlib.contextmanager
+def implementation(impl: str) -> Iterator[None]:
+    """FASTPEFT_IMPL for the time of the block, in this process."""
+    before = os.environ.get("FASTPEFT_IMPL")
+    os.environ["FASTPEFT_IMPL"] = impl
+    try:
+        yield
+    finally:
+        os.environ.pop("FASTPEFT_IMPL")
+        if before is not None:
+            os.environ["FASTPEFT_IMPL"] = before
