@@ -42,5 +42,5 @@ def test_the_share_is_a_step_of_the_same_ring():
 
 def test_a_tile_that_spills_is_a_fault():
     tile = gate.product.PlainTile(rows=256, cols=256, stages=1)
-    table = gate.rows("product", [tile], ["sm_90"])
-    assert any("spills" in fault for r in table for fault in r.faults())
+    (launch,) = gate.launches(gate.product_cases(tile)["y"], "sm_90")
+    assert any("spills" in fault for fault in gate.row("y", launch, "sm_90").faults())

@@ -6,4 +6,4 @@ from interpreted import run_interpreted
 
 
 def test_kernels_in_the_interpreter():
-    assert run_interpreted("interpreted_product.py") == 4 * 2 * 2 * 3 * 3 * 2
+    assert run_interpreted("interpreted_product.py") == 4 * 2 * 2 * 3 * 2
