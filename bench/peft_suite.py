@@ -19,6 +19,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def differences(stock: dict[str, str], accelerated: dict[str, str]) -> dict[str,
 
 def suite(root: Path, file: str = "test_custom_models.py", keyword: str | None = None) -> dict[str, Any]:
     """Both arms and what differs; `root` holds the package `tests`."""
-    found = {arm: run(arm, root, file, keyword) for arm in ARMS}
+    with ThreadPoolExecutor(len(ARMS)) as pool:  # each is a process of one thread
+        found = dict(zip(ARMS, pool.map(lambda arm: run(arm, root, file, keyword), ARMS), strict=True))
     stock, ours = (found[arm]["outcomes"] for arm in ARMS)
     return {
         "peft": importlib.metadata.version("peft"),
