@@ -18,7 +18,6 @@ import torch
 from checks import DT, perturb, rand, with_masks
 from test_methods import ON_FFN, adapted, effective, fresh, grads, method_of, small, trainable
 from tolerance import assert_fp64
-from torch import nn
 
 import fastpeft
 from fastpeft.adapter import base_of, is_adapted

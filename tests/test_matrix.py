@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from bench.matrix import COLUMNS, FILE, read, render
 from probes import FAST, PROBES, Outcome, clause, outcome
 
+from bench.matrix import COLUMNS, FILE, read, render
 from fastpeft.registry import every_recipe
 
 TEXT = FILE.read_text()

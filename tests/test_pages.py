@@ -8,9 +8,9 @@ import subprocess
 import sys
 
 import pytest
+
 from bench.machine import ROOT
 from bench.pages import FOLDER, escape, pages, prose
-
 from fastpeft.registry import every_recipe
 
 PAGES = pages()
