@@ -109,7 +109,8 @@ def markdown() -> str:
         "Made by `fastpeft methods --markdown`; a test holds this file against the code. Terms are the vocabulary of",
         "[docs/DESIGN.md](docs/DESIGN.md). *Trains*: numbers that train on one 4096 x 4096 layer with the defaults, what several",
         "layers share included. *Merges*: folds into the weight. *To LoRA*: `export_lora` writes it as a plain LoRA on the original",
-        "weights, without loss. *PEFT*: the peft_type in whose own layout a folder is saved with the defaults.",
+        "weights, without loss. *PEFT*: the peft_type in whose own layout a folder is saved with the defaults. Each name leads to",
+        "a page with formula, options, oracle and deviations; [docs/MATRIX.md](docs/MATRIX.md) says what works with what.",
         "",
         "| method | paper | sits on | trains | terms | merges | to LoRA | PEFT |",
         "| --- | --- | --- | ---: | --- | --- | --- | --- |",
@@ -120,13 +121,6 @@ def markdown() -> str:
         form = r.cls.PEFT
         peft = form.peft_type if form is not None and form.config(r.options) is not None else ""
         terms = " ".join(m.terms)
-        row = (f"[{m.name}](#{m.name})", m.paper, m.site, f"{trainable(r):,d}", terms, _yes(m.mergeable), _yes(m.exportable), peft)
+        row = (f"[{m.name}](docs/methods/{m.name}.md)", m.paper, m.site, f"{trainable(r):,d}", terms, _yes(m.mergeable), _yes(m.exportable), peft)
         lines.append(f"| {' | '.join(row)} |")
-    for m in table:
-        lines += ["", f"## {m.name}", "", m.summary, ""]
-        if m.notes is not None:
-            lines[-2:-2] = [f"`{m.notes.formula}`", ""]
-            lines.append(f"- Options: `{_options(m.options)}`. Defaults: {m.notes.defaults}.")
-            lines.append(f"- Held against: {m.notes.oracle}.")
-            lines += [f"- Differs: {text}" for text in m.notes.deviations]
     return "\n".join(lines) + "\n"

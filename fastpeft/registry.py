@@ -84,7 +84,7 @@ class PeftFormat:
 
 @dataclass(frozen=True)
 class Notes:
-    """What METHODS.md says of a method beyond what its code says.
+    """What a method's page (docs/methods) says of it beyond what its code says.
 
     formula: what the layer computes, in the names of its parameters.   defaults: where the options' defaults come from.
     oracle: what its tests hold it against.   deviations: where it differs from its paper or the authors' code, and why.
@@ -139,7 +139,7 @@ class Method(nn.Module):
     """What every method is: parameters, their ROLES, and terms(base). Options are __init__'s keyword-only arguments.
 
     ROLES says what each parameter is ("down", "up", "gain", "bias", "gate", ...); optimiser groups, weight-decay rules and
-    reports read it. NOTES is its entry in METHODS.md. PEFT is None where PEFT has no such method.
+    reports read it. NOTES go into its page. PEFT is None where PEFT has no such method.
     SITE says what it sits on: "linear", or "ffn": beside a whole feed-forward block, whose output becomes
     FFN(x) + sum of terms(x) + residual() * x. Only Kron and Bias terms are known there.
     PROCEDURE names the class in fastpeft.train without which the method does not train as its paper says; attached: whether it is

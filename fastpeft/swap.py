@@ -164,6 +164,10 @@ def build_and_attach(
     blocks = blocks_around(model, modules, found, options, report, is_all(targets))
     if not on_linear and bias == "lora_only":
         raise ValueError(f"adapt: bias='lora_only' means adapted linear layers, and {', '.join(record.methods)} has none.")
+    if not on_linear and quantize is not None:
+        raise ValueError(
+            f"adapt: quantize={quantize!r} quantises the weights of adapted linear layers, and {', '.join(record.methods)} has none."
+        )
     for key, pattern in (("rank", rank_pattern), ("alpha", alpha_pattern)):
         if pattern and not any(key in r.options for r in found):
             raise ValueError(f"adapt: {key}_pattern was given, but {', '.join(record.methods)} has no option {key!r}.")

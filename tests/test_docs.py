@@ -10,13 +10,21 @@ from pathlib import Path
 
 import pytest
 
+import fastpeft
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [
     "README.md",
     "CONTRIBUTING.md",
     "CHANGELOG.md",
+    "METHODS.md",
+    "docs/API.md",
     "docs/DESIGN.md",
     "docs/KERNELS.md",
+    "docs/MATRIX.md",
+    "docs/MIGRATION.md",
+    "docs/STATUS.md",
+    "docs/TROUBLESHOOTING.md",
     "bench/README.md",
     "bench/BEHAVIOUR.md",
     "bench/GPU_QUEUE.md",
@@ -104,6 +112,14 @@ def test_readme_commands_are_targets():
     assert made == ["finetune", "test"]
     for name in made:
         assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.M)
+
+
+def test_readme_first_screen():
+    """The two commands come before everything but the line that says what it is for; the count of methods is right."""
+    text = (ROOT / "README.md").read_text()
+    assert text.index("fastpeft.adapt(model") < text.index("make finetune") < text.index("make test") < text.index("![") < text.index("\n## ")
+    count = len(fastpeft.methods())
+    assert "LoRA and thirty-five other" in text and count == 36, f"there are {count} methods; say so in the README"
 
 
 def test_numerics_heading():

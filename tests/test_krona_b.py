@@ -140,6 +140,7 @@ BAD = [
     (dict(rank=4), ValueError, "'rank' does not exist"),
     (dict(bias=True), ValueError, "bias=True"),
     (dict(bias="lora_only"), ValueError, "lora_only.*krona_b"),
+    (dict(quantize="nf4"), ValueError, "quantize='nf4'.*krona_b has none"),
     (dict(rank_pattern={"mlp": 3}), ValueError, "rank_pattern.*no option 'rank'"),
     (dict(res_init=0.0), ValueError, "'res_init' does not exist"),
 ]
