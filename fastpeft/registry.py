@@ -408,7 +408,11 @@ def check_probability(who: str, name: str, p: Any) -> float:
 
 def check_finite(who: str, name: str, value: Any) -> float:
     """Raise unless value is a finite number; returns it as a float."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{who}: {name}={value!r}; it must be a finite number.")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an int of more digits than a float has room for
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{who}: {name}={str(value)[:40] if number == math.inf else repr(value)}; it must be a finite number.")
+    return number
 

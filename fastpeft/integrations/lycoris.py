@@ -75,7 +75,7 @@ def load_lycoris(model: nn.Module, file: str | os.PathLike[str], *, prefix: str 
         live = {key: p for layer in layers for key, p in _live(model, layer, kind)}
         tensors = {k: _magnitude(k, t, tensors) for k, t in tensors.items() if not k.endswith(".alpha")}
         check_tensors(live, tensors, path, {})
-    except ValueError:
+    except BaseException:
         unload(model)
         raise
     with torch.no_grad():

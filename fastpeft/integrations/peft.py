@@ -99,6 +99,10 @@ def from_dict(fields: Mapping[str, Any], model: nn.Module) -> tuple[str, Setting
     if name == "dora" and fields.get("lora_bias"):
         raise ValueError("peft config: lora_bias with use_dora is not defined (PEFT refuses it too).")
     options = {ours: fields[theirs] for theirs, ours in form.reads.items() if theirs in fields}
+    flags = {theirs for theirs, ours in form.reads.items() if isinstance(get_recipe(name).options.get(ours), bool)} | {"use_dora"}
+    texts = {k: fields[k] for k in sorted(flags & fields.keys()) if not isinstance(fields[k], (bool, type(None)))}
+    if texts:  # "false" would count as true
+        raise ValueError(f"peft config: these fields must be true or false: {texts}.")
     if name == "dora":
         options.pop("lora_bias", None)
     settings = {key: None if key in form.silent else fields.get(key) for key in _SETTINGS}
