@@ -86,7 +86,10 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
             _check_same(model, record, methods, settings, options, folder)
         live = _state(model, record)
         form = _peft_format(model, record)
-        tensors |= read_gates(Path(folder), tensors) if form and form.gates else {}
+        gates = read_gates(Path(folder), tensors)
+        if gates and not (form and form.gates):
+            report.notes.append(f"{folder} holds gates of PHATGOOSE too, for which {', '.join(record.methods)} has no place: they are not loaded.")
+        tensors |= gates if form and form.gates else {}
         tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
         tensors = _unpacked(form, config, tensors, folder)
         check_tensors(live, tensors, folder, _beside_methods(model, record))

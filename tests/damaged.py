@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,14 +54,15 @@ class Other(nn.Module):
 class Source:
     """How a folder comes about.   method, options: fastpeft's.   stock: PEFT's config class and fields, where stock PEFT writes it.
 
-    rank, number: config fields (a path into nested ones) of the rank, and of a number that scales or seeds.   converts: whether
-    `fastpeft convert` takes it.
+    rank, number: config fields (a path into nested ones) of the rank, and of a number that scales or seeds.
+    flag: of one that is true or false.   converts: whether `fastpeft convert` takes it.
     """
 
     method: str
     options: dict[str, Any]
     rank: tuple[str, ...]
     number: tuple[str, ...]
+    flag: tuple[str, ...] | None = None
     stock: tuple[str, dict[str, Any]] | None = None
     converts: bool = False
 
@@ -83,9 +86,9 @@ class Source:
 
 
 SOURCES = {
-    "peft_lora": Source("lora", {"rank": 3, "alpha": 5}, ("r",), ("lora_alpha",), ("LoraConfig", {"r": 3, "lora_alpha": 5}), True),
-    "dora": Source("dora", {"rank": 2, "alpha": 3}, ("r",), ("lora_alpha",), None, True),
-    "peft_lokr": Source("lokr", {"rank": 1, "alpha": 3}, ("r",), ("alpha",), ("LoKrConfig", {"r": 1, "alpha": 3}), True),
+    "peft_lora": Source("lora", {"rank": 3, "alpha": 5}, ("r",), ("lora_alpha",), ("use_rslora",), ("LoraConfig", {"r": 3, "lora_alpha": 5}), True),
+    "dora": Source("dora", {"rank": 2, "alpha": 3}, ("r",), ("lora_alpha",), ("use_dora",), None, True),
+    "peft_lokr": Source("lokr", {"rank": 1, "alpha": 3}, ("r",), ("alpha",), ("decompose_both",), ("LoKrConfig", {"r": 1, "alpha": 3}), True),
     "adalora": Source("adalora", {"rank": 3, "alpha": 5}, ("init_r",), ("lora_alpha",)),
     "hydralora": Source("hydralora", {"rank": 2, "heads": 2, "modules_to_save": ["head"]}, ("options", "rank"), ("options", "alpha")),
     "shira": Source("random_masking", {"rank": 1, "seed": 5}, ("r",), ("random_seed",)),
@@ -94,23 +97,24 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """act(folder, source) damages it and returns a word that the message must hold ("" where the message is the library's own).
+    """act(folder, source) damages it and returns a regex that the message must hold; None where the folder has no such thing.
 
     file: no reader can make sense of it; otherwise what the folder holds is wrong, and `fastpeft inspect` may show it.
-    alone: seen without a model, so `fastpeft convert` refuses it as well.
+    alone: methods of which it is seen without a model, so that `fastpeft convert` refuses it too.   error: what is raised.
     """
 
-    act: Callable[[Path, Source], str]
+    act: Callable[[Path, Source], str | None]
     file: bool = False
-    alone: bool = True
+    alone: tuple[str, ...] = ("lora", "dora", "lokr")
+    error: type[Exception] = fastpeft.CheckpointError
 
 
 KINDS: dict[str, Kind] = {}
 
 
-def kind(file: bool = False, alone: bool = True) -> Callable[[Callable[[Path, Source], str]], Any]:
-    def add(act: Callable[[Path, Source], str]) -> Any:
-        KINDS[act.__name__] = Kind(act, file, alone)
+def kind(**how: Any) -> Callable[[Callable[[Path, Source], str | None]], Any]:
+    def add(act: Callable[[Path, Source], str | None]) -> Any:
+        KINDS[act.__name__] = Kind(act, **how)
         return act
 
     return add
@@ -119,7 +123,7 @@ def kind(file: bool = False, alone: bool = True) -> Callable[[Callable[[Path, So
 # ---- the weights as a file
 
 
-@kind(file=True)
+@kind(file=True, error=FileNotFoundError)
 def weights_absent(folder: Path, source: Source) -> str:
     (folder / WEIGHTS).unlink()
     return WEIGHTS
@@ -168,7 +172,7 @@ def header_lists_a_tensor_twice(folder: Path, source: Source) -> str:
     _, key = target(folder)
     entry = json.dumps(json.loads(head)[key])
     _join(folder, head.rstrip().removesuffix("}") + f',"{key}":{entry}}}', body)
-    return key
+    return re.escape(key)
 
 
 @kind(file=True)
@@ -178,7 +182,7 @@ def weights_are_a_directory(folder: Path, source: Source) -> str:
     return "directory"
 
 
-@kind(file=True)
+@kind(file=True, error=FileNotFoundError)
 def weights_are_a_dangling_link(folder: Path, source: Source) -> str:
     (folder / WEIGHTS).unlink()
     (folder / WEIGHTS).symlink_to(folder / "gone.safetensors")
@@ -215,7 +219,7 @@ def unreadable(folder: Path, source: Source) -> str:
 # ---- the config as a file
 
 
-@kind(file=True)
+@kind(file=True, error=FileNotFoundError)
 def config_absent(folder: Path, source: Source) -> str:
     (folder / CONFIG).unlink()
     return CONFIG
@@ -267,7 +271,7 @@ def config_a_directory(folder: Path, source: Source) -> str:
     return "directory"
 
 
-@kind(file=True)
+@kind(file=True, error=FileNotFoundError)
 def config_a_dangling_link(folder: Path, source: Source) -> str:
     (folder / CONFIG).unlink()
     (folder / CONFIG).symlink_to(folder / "gone.json")
@@ -347,7 +351,7 @@ def rank_a_fraction(folder: Path, source: Source) -> str:
 def rank_not_the_files(folder: Path, source: Source) -> str:
     """Another one that the layers could have."""
     edit(folder, source.rank, 4 if source.method != "lokr" else 2)
-    return target(folder)[1] if source.method != "lokr" else "lokr_w2"
+    return f"'rank': |{re.escape(target(folder)[1])}|lokr_w2"
 
 
 @kind()
@@ -368,10 +372,26 @@ def scale_beyond_every_float(folder: Path, source: Source) -> str:
     return source.number[-1].removeprefix("lora_").removeprefix("random_")
 
 
-@kind(alone=False)
+@kind()
+def flag_a_text(folder: Path, source: Source) -> str | None:
+    if source.flag is None:
+        return None
+    edit(folder, source.flag, "false")
+    return source.flag[-1]
+
+
+@kind()
 def targets_that_match_nothing(folder: Path, source: Source) -> str:
     edit(folder, ("target_modules",), ["nowhere"])
     return "nowhere"
+
+
+@kind()
+def targets_excluded(folder: Path, source: Source) -> str | None:
+    if source.method == "hydralora":
+        return None
+    edit(folder, ("exclude_modules",), TARGETS[1:])
+    return r"body\.2"
 
 
 @kind()
@@ -415,7 +435,7 @@ def target(folder: Path) -> tuple[dict[str, Tensor], str]:
 
 def floating(folder: Path) -> tuple[dict[str, Tensor], str]:
     tensors = load_file(folder / WEIGHTS)
-    return tensors, next(k for k, t in sorted(tensors.items()) if "body" in k and t.is_floating_point())
+    return tensors, next(k for k, t in sorted(tensors.items()) if "body" in k and t.is_floating_point() and t.dim() and "dora_scale" not in k)
 
 
 def put(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -428,7 +448,7 @@ def change(of: Callable[[Path], tuple[dict[str, Tensor], str]], make: Callable[[
     def act(folder: Path, source: Source) -> str:
         tensors, key = of(folder)
         put(folder, tensors | {key: make(tensors[key]).contiguous()})
-        return key
+        return re.escape(key)
 
     return act
 
@@ -447,20 +467,20 @@ def tensor_absent(folder: Path, source: Source) -> str:
     tensors, key = floating(folder)
     del tensors[key]
     put(folder, tensors)
-    return key
+    return re.escape(key)
 
 
 @kind()
 def tensor_too_many(folder: Path, source: Source) -> str:
     put(folder, load_file(folder / WEIGHTS) | {f"{PREFIX}body.7.lora_A.weight": torch.ones(2, 3)})
-    return "body.7.lora_A.weight"
+    return r"body\.7\.lora_"
 
 
 @kind()
 def tensor_renamed(folder: Path, source: Source) -> str:
     tensors, key = floating(folder)
-    put(folder, {k.replace("body.0.", "body.zero.") if k == key else k: t for k, t in tensors.items()})
-    return "body.zero."
+    put(folder, {re.sub(r"body(.)0", r"body\1zero", k) if k == key else k: t for k, t in tensors.items()})
+    return "body.zero"
 
 
 @kind()
@@ -470,8 +490,8 @@ def no_tensor(folder: Path, source: Source) -> str:
 
 
 KINDS |= {
-    "tensor_of_another_shape": Kind(change(target, lambda t: torch.cat([t, t], 1))),
-    "tensor_transposed": Kind(change(target, lambda t: t.t())),
+    "tensor_of_another_shape": Kind(change(target, lambda t: torch.cat([t, t])), alone=("lora", "dora")),
+    "tensor_transposed": Kind(change(target, lambda t: t.t()), alone=("lora", "dora")),
     "tensor_without_a_dimension": Kind(change(target, lambda t: t.flatten()[0])),
     "tensor_of_no_element": Kind(change(target, lambda t: t[:0])),
     "tensor_of_integers": Kind(change(floating, lambda t: t.to(torch.int32))),
@@ -485,21 +505,31 @@ KINDS |= {
 }
 
 
+@kind()
+def tensor_in_fp4(folder: Path, source: Source) -> str:
+    """Whose file safetensors reads and whose numbers torch does not."""
+    head, body = _split(folder)
+    key, entries = floating(folder)[1], json.loads(head)
+    entries[key] |= {"dtype": "F4", "shape": [8 * math.prod(entries[key]["shape"])]}
+    _join(folder, json.dumps(entries), body)
+    return f"{key}|variant"  # safetensors of before F4
+
+
 # ---- whole, and of another model
 
 
-@kind(alone=False)
+@kind(alone=())
 def of_a_wider_model(folder: Path, source: Source) -> str:
     shutil.rmtree(folder)
     source.write(folder, Net(width=14), TARGETS)
     return "body.0"
 
 
-@kind(alone=False)
+@kind(alone=())
 def of_another_architecture(folder: Path, source: Source) -> str:
     shutil.rmtree(folder)
     without = {k: v for k, v in source.options.items() if k != "modules_to_save"}
-    Source(source.method, without, source.rank, source.number, source.stock).write(folder, Other(), ["query", "value"])
+    Source(source.method, without, source.rank, source.number, stock=source.stock).write(folder, Other(), ["query", "value"])
     return "query"
 
 

@@ -48,8 +48,10 @@ def to_lycoris(folder: str | os.PathLike[str], file: str | os.PathLike[str], *, 
             "train without biases and modules_to_save, and on linear layers alone."
         )
     missing = [f"{PREFIX}{site}.{leaf}" for site, leaves in layers.items() for leaf in _absent(leaves)]
-    if missing:
-        raise CheckpointError(f"to_lycoris: {folder} is damaged: {len(missing)} missing: {some(missing)}.")
+    empty = [key for key, t in tensors.items() if not t.numel()]
+    for what, names in (("missing", missing), ("of no element", empty)):
+        if names:
+            raise CheckpointError(f"to_lycoris: {folder} is damaged: {len(names)} {what}: {some(names)}.")
     heads: dict[str, str] = {}
     for site in layers:
         head = f"{prefix}_{site.replace('.', '_')}"
