@@ -258,6 +258,13 @@ def test_a_damaged_state_of_a_job_is_refused(damage: Callable[[Path], None], tmp
     assert "\n" not in str(caught.value) and not (tmp_path / "exploded").exists()
 
 
+def test_a_state_that_would_run_code_is_refused_under_a_digest_of_its_own(tmp_path: Path) -> None:
+    statefile.write(tmp_path, {"bomb": Bomb(tmp_path / "exploded")})
+    with pytest.raises(JobError, match="cannot be continued") as caught:
+        statefile.read(tmp_path)
+    assert "\n" not in str(caught.value) and not (tmp_path / "exploded").exists()
+
+
 @pytest.mark.parametrize("damage", [d for d in DAMAGE if d is not one_bit])
 def test_a_damaged_state_of_procedures_is_refused(damage: Callable[[Path], None], tmp_path: Path) -> None:
     """The reader of ProcedureCallback, beside a checkpoint of the Trainer's (torch.save's zip has a checksum of its own, of parts)."""
