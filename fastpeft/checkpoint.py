@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from fastpeft.adapter import is_conv1d
 from fastpeft.folder import LIBRARY, PREFIX, CheckpointError, read_folder, read_gates, write_folder
 from fastpeft.leave import unload
-from fastpeft.patterns import exactly
+from fastpeft.patterns import check_pattern, exactly
 from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
 from fastpeft.registry import Method, PeftFormat, Recipe, get_recipe
 from fastpeft.report import Report
+from fastpeft.sites import saved_modules
 from fastpeft.swap import build_and_attach
 from fastpeft.targets import checked_targets, matches, output_head
 
@@ -82,15 +83,18 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     try:
         record = adaptation(model, "load_adapter")
         if not fresh:
-            _check_same(record, methods, settings, options, folder)
+            _check_same(model, record, methods, settings, options, folder)
         live = _state(model, record)
         form = _peft_format(model, record)
-        tensors |= read_gates(Path(folder), tensors) if form and form.gates else {}
+        gates = read_gates(Path(folder), tensors)
+        if gates and not (form and form.gates):
+            report.notes.append(f"{folder} holds gates of PHATGOOSE too, for which {', '.join(record.methods)} has no place: they are not loaded.")
+        tensors |= gates if form and form.gates else {}
         tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
         tensors = _unpacked(form, config, tensors, folder)
         check_tensors(live, tensors, folder, _beside_methods(model, record))
         _check_states(model, record, tensors, folder)
-    except ValueError:
+    except BaseException:
         if fresh:
             unload(model)
         raise
@@ -240,11 +244,10 @@ def _plan(
     from fastpeft.integrations.peft import from_dict
 
     try:
+        for key in _PATTERNS:
+            check_pattern(key, config.get(key) if config.get("peft_type") != "ADALORA" else None)  # where it is something else
         if config.get("library") == LIBRARY:
-            keys = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
-            for name in config["methods"]:
-                get_recipe(name)
-            return list(config["methods"]), {k: config.get(k) for k in keys}, dict(config["options"])
+            return _own_plan(config)
         name, settings, options = from_dict(config, model)
         if (own := _method_of(config, meta, name)) != name:  # whose config is made from its options, and need not hold them
             return [own], settings | {k: meta.get(k) for k in _PATTERNS}, dict(meta.get("options", {}))
@@ -252,6 +255,27 @@ def _plan(
         return [name], settings, extra | {k: v for k, v in options.items() if k in get_recipe(name).options}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"load_adapter: the config in {folder} cannot be used: {e}") from e
+
+
+def _own_plan(config: Mapping[str, Any]) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """The same of a config that only fastpeft reads; ValueError for what _config does not write."""
+    keys = ("target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "bias")
+    known = {"peft_type", "library", "methods", "options", *keys}
+    problems = [
+        f"{what}: {', '.join(sorted(names))}"
+        for what, names in (("it lacks", {"methods", "options"} - config.keys()), ("it holds what is not known", config.keys() - known))
+        if names
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+    methods, options = config["methods"], config["options"]
+    if not isinstance(methods, list) or not isinstance(options, dict):
+        raise ValueError(f"its methods are {methods!r} and its options {options!r}; needed are a list of names and an object")
+    for name in methods:
+        get_recipe(name)
+    if config["peft_type"] not in (LIBRARY.upper(), *(name.upper() for name in methods[:1])):
+        raise ValueError(f"its peft_type {config['peft_type']!r} is not that of {', '.join(methods)}")
+    return methods, {k: config.get(k) for k in keys}, options
 
 
 def _method_of(config: Mapping[str, Any], meta: Mapping[str, Any], plain: str) -> str:
@@ -265,7 +289,7 @@ def _method_of(config: Mapping[str, Any], meta: Mapping[str, Any], plain: str) -
     return recipe.name if fields and all(config.get(k) == v for k, v in fields.items()) else plain
 
 
-def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], options: Mapping[str, Any], folder: Any) -> None:
+def _check_same(model: nn.Module, record: Adaptation, methods: Any, settings: Mapping[str, Any], options: Mapping[str, Any], folder: Any) -> None:
     if record.methods != list(methods):
         raise CheckpointError(f"load_adapter: {folder} holds {methods}, but the model was adapted with {record.methods}.")
     defaults: dict[str, Any] = {}
@@ -281,10 +305,19 @@ def _check_same(record: Adaptation, methods: Any, settings: Mapping[str, Any], o
             wrong[key] = (settings.get(key), getattr(record, key))
     try:
         targets = checked_targets("target_modules", settings["target_modules"])
+        excluded = checked_targets("exclude_modules", settings["exclude_modules"]) if settings.get("exclude_modules") else None
+        inside = tuple(f"{site}.adapter" for site in record.sites)
+        saved = [name for name in saved_modules(model, settings.get("modules_to_save")) if not name.startswith(inside)]
     except ValueError as e:
         raise CheckpointError(f"load_adapter: the config in {folder} cannot be used: {e}") from e
     if targets != "all-linear" and any(not matches(site, targets) for site in record.sites):
         wrong["target_modules"] = (targets, record.sites)
+    if excluded and any(matches(site, excluded) for site in record.sites):
+        wrong["exclude_modules"] = (excluded, record.sites)
+    if saved != list(record.originals):
+        wrong["modules_to_save"] = (saved, list(record.originals))
+    if (settings.get("bias") or "none") != record.bias:
+        wrong["bias"] = (settings.get("bias"), record.bias)
     if wrong:
         raise CheckpointError(f"load_adapter: {folder} was made with other options (file, model): {wrong}.")
 
@@ -303,10 +336,15 @@ def check_tensors(live: Mapping[str, Tensor], tensors: Mapping[str, Tensor], fol
     both = [k for k in live if k in tensors]
     shapes = [f"{k} is {tuple(tensors[k].shape)}, needed {tuple(live[k].shape)}" for k in both if tensors[k].shape != live[k].shape]
     dtypes = [f"{k} is {tensors[k].dtype}, needed {live[k].dtype}" for k in both if not _fits(tensors[k], live[k])]
-    broken = [k for k in both if tensors[k].dtype.is_floating_point and not bool(tensors[k].isfinite().all())]
-    kinds = {tensors[k].dtype for k in both if k not in beside and tensors[k].dtype.is_floating_point}
+    floating = [k for k in both if _fits(tensors[k], live[k]) and tensors[k].dtype.is_floating_point]
+    broken = [k for k in floating if not bool(tensors[k].isfinite().all())]
+    kinds: dict[str, list[str]] = {}
+    for k in floating:
+        if k not in beside:
+            kinds.setdefault(str(tensors[k].dtype), []).append(k)
     if len(kinds) > 1:
-        dtypes.append(f"the adapter's tensors have several dtypes: {sorted(map(str, kinds))}")
+        listing = ", ".join(f"{dtype} ({some(names)})" for dtype, names in sorted(kinds.items()))
+        dtypes.append(f"the adapter's tensors have several dtypes: {listing}")
     for what, found in (("wrong shape", shapes), ("wrong dtype", dtypes), ("NaN or Inf", broken)):
         if found:
             problems.append(f"{what}: {some(found)}")
@@ -320,7 +358,7 @@ def _unpacked(form: PeftFormat | None, config: Mapping[str, Any], tensors: dict[
         return tensors
     try:
         return form.unpack(config, tensors)
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as e:
         raise CheckpointError(f"load_adapter: {folder}: {e}") from e
 
 
@@ -336,7 +374,8 @@ def _fits(came: Tensor, needed: Tensor) -> bool:
     """Equal dtypes, or a floating dtype that widens without loss."""
     if came.dtype == needed.dtype:
         return True
-    both_float = came.dtype.is_floating_point and needed.dtype.is_floating_point
+    # of one byte and less: torch promotes none of them
+    both_float = all(t.dtype.is_floating_point and t.dtype.itemsize > 1 for t in (came, needed))
     return both_float and torch.promote_types(came.dtype, needed.dtype) == needed.dtype
 
 

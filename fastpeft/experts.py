@@ -11,6 +11,7 @@ What adapt keeps of them in its options, and a checkpoint in its config, is a la
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 
 from fastpeft.adapter import is_adapted, own_base, site_of
 from fastpeft.folder import CheckpointError, read_folder, read_gates
-from fastpeft.patterns import by_pattern
+from fastpeft.patterns import by_pattern, check_pattern
+from fastpeft.registry import check_finite
 from fastpeft.stack import GATE, Experts
 from fastpeft.targets import checked_targets, matches, refusal, select
 
@@ -71,7 +73,7 @@ def _read(model: nn.Module, name: str, folder: Path) -> Expert:
             _check(like, gates, folder)
     except FileNotFoundError as e:
         raise FileNotFoundError(f"adapt: expert {name!r}: {e}") from e
-    except ValueError as e:
+    except (ValueError, TypeError, KeyError) as e:
         raise CheckpointError(f"adapt: expert {name!r}: {e}") from e
     factors = {s: (tensors[_key(s, "lora_A.weight")], tensors[_key(s, "lora_B.weight")], scale) for s, (_, _, scale) in sites.items()}
     return Expert(name, factors, {s: gates[_key(s, GATE)].flatten() for s in sites} if gates else {})
@@ -103,6 +105,8 @@ def _sites(model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[Any, 
     _, settings, options = from_dict(config, model)
     if settings["target_modules"] is None:
         raise ValueError("its config has no target_modules.")
+    for option in ("rank_pattern", "alpha_pattern"):
+        check_pattern(option, settings[option])
     found, _ = select(model, settings["target_modules"])
     excluded = checked_targets("exclude_modules", settings["exclude_modules"]) if settings["exclude_modules"] else ()
     sites = {}
@@ -114,8 +118,9 @@ def _sites(model: nn.Module, config: Mapping[str, Any]) -> dict[str, tuple[Any, 
         rank = by_pattern(site, settings["rank_pattern"], options.get("rank", 8))
         alpha = by_pattern(site, settings["alpha_pattern"], options.get("alpha", 8))
         numbers = all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in (rank, alpha))
-        if not numbers or rank < 1 or rank != int(rank):
+        if not numbers or not 1 <= rank <= sys.maxsize or rank != int(rank):
             raise ValueError(f"its config gives {site!r} the rank {rank!r} and the alpha {alpha!r}.")
+        alpha = check_finite(f"the config at {site!r}", "alpha", alpha)
         sites[site] = (own_base(module), int(rank), scaling(int(rank), alpha, bool(options.get("rslora", False))))
     return sites
 

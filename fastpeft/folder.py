@@ -37,7 +37,11 @@ def write_folder(
     meta: Mapping[str, Any],
     gates: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """All files, or none; meta: fastpeft's own notes. OSError leaves the folder with the checkpoint it held before."""
+    """All files, or none; meta: fastpeft's own notes.
+
+    OSError leaves the folder with the checkpoint it held before; one after the weights' rename, with the new one, whose config the
+    reader then takes from beside it.
+    """
     from safetensors.torch import save
 
     text = json.dumps(config, indent=2) + "\n"
@@ -53,11 +57,12 @@ def write_folder(
     try:
         for name, content in data.items():
             sync_write(pending[name], content)
+        os.replace(pending[WEIGHTS], folder / WEIGHTS)  # the moment at which the new checkpoint exists
     except BaseException:
         for path in pending.values():
             path.unlink(missing_ok=True)
         raise
-    for name in (WEIGHTS, CONFIG, *([GATES] if own else [])):  # the weights' rename is the moment at which the new checkpoint exists
+    for name in (CONFIG, *([GATES] if own else [])):
         os.replace(pending[name], folder / name)
     if not own:  # those of an earlier save belong to weights that are gone
         for path in (folder / GATES, pending_path(folder, GATES)):
@@ -149,9 +154,22 @@ def sync_write(path: Path, data: bytes) -> None:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """Config, tensors, and fastpeft's own notes ({} in a file that PEFT wrote)."""
+    """Config, tensors, and fastpeft's own notes ({} in a file that PEFT wrote).
+
+    FileNotFoundError for a file that is not there, CheckpointError for everything else that is wrong with one.
+    """
+    try:
+        return _read_folder(folder)
+    except FileNotFoundError:
+        raise
+    except OSError as e:
+        raise CheckpointError(f"load_adapter: {e.filename or folder} cannot be read ({e.strerror or e}).") from e
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     weights, config = folder / WEIGHTS, folder / CONFIG
     if not weights.is_file():
+        _refuse_no_file(weights)
         pickles = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
         if pickles:
             raise CheckpointError(
@@ -161,9 +179,11 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         raise FileNotFoundError(f"load_adapter: {weights} does not exist; give the folder that holds {CONFIG} and {WEIGHTS}.")
     header, tensors = open_weights(weights)
     try:
-        meta = json.loads(header.get(LIBRARY, "{}"))
+        meta = parse_json(header.get(LIBRARY, "{}"))
         if not isinstance(meta, dict) or not isinstance(meta.get("options", {}), dict):
             raise ValueError("it is no object with options")
+        if not _is_names(meta.get("methods", [])):
+            raise ValueError(f"its methods are {meta['methods']!r}, needed a list of names")
     except ValueError as e:
         raise CheckpointError(f"load_adapter: the {LIBRARY!r} entry in the header of {weights} is damaged: {e}") from e
     return _read_config(folder, config, header.get("adapter_config")), tensors, meta
@@ -175,9 +195,42 @@ def open_weights(weights: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
     try:
         with safe_open(str(weights), framework="pt") as file:
-            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+            found = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+        with open(weights, "rb") as raw:  # of a name that stands there twice safetensors gives the last one's tensor
+            parse_json(raw.read(int.from_bytes(raw.read(8), "little")).decode())
     except (SafetensorError, OSError, ValueError) as e:
         raise CheckpointError(f"load_adapter: {weights} is no readable safetensors file (truncated or damaged): {e}") from e
+    return found
+
+
+def parse_json(text: str) -> Any:
+    """What the text says. ValueError for what is no JSON, nests too deeply, or says one name of an object twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    found = dict(pairs)
+    if len(found) < len(names):
+        raise ValueError(f"it holds {', '.join(repr(n) for n in found if names.count(n) > 1)} twice; keep one")
+    return found
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(n, str) for n in value)
+
+
+def _refuse_no_file(path: Path) -> None:
+    """Raise where something stands in a file's place; nothing where there is nothing."""
+    if path.is_dir():
+        raise CheckpointError(f"load_adapter: {path} is a directory; an adapter folder holds {CONFIG} and {WEIGHTS} as files.")
+    if path.is_symlink():
+        raise FileNotFoundError(f"load_adapter: {path} is a link to {os.readlink(path)}, which does not exist; put the file itself there.")
+    if path.exists():
+        raise CheckpointError(f"load_adapter: {path} is no regular file; put the file itself there.")
 
 
 def _read_config(folder: Path, path: Path, embedded: str | None) -> dict[str, Any]:
@@ -187,20 +240,26 @@ def _read_config(folder: Path, path: Path, embedded: str | None) -> dict[str, An
     if embedded is not None and text != embedded and pending.is_file() and pending.read_text(errors="replace") == embedded:
         text = embedded  # a save was interrupted between its two renames: the new weights are in place, so is their config
     if text is None:
+        _refuse_no_file(path)
         raise FileNotFoundError(f"load_adapter: {path} does not exist; an adapter folder holds {CONFIG} and {WEIGHTS}.")
-    try:
-        config = json.loads(text)
-        if "\ufffd" in text:
-            raise ValueError("it holds bytes that are not UTF-8")
-    except ValueError as e:
-        raise CheckpointError(f"load_adapter: {path} is no JSON: {e}") from e
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise CheckpointError(f"load_adapter: {path} has no peft_type; it must be an object as PEFT or fastpeft writes it.")
-    if embedded is not None and config != json.loads(embedded):
-        was = json.loads(embedded)
+    config = _config_in(text, str(path))
+    was = config if embedded is None else _config_in(embedded, f"'adapter_config' in the header of {folder / WEIGHTS}")
+    if config != was and text != embedded:  # NaN does not equal itself
         changed = {k: (was.get(k), config.get(k)) for k in {*was, *config} if was.get(k) != config.get(k)}
         raise CheckpointError(
             f"load_adapter: {path} is not the config that {WEIGHTS} was saved with; differing (saved, now): {changed}. "
             "Restore those values; the saved config is in the weights' header under 'adapter_config'."
         )
+    return config
+
+
+def _config_in(text: str, where: str) -> dict[str, Any]:
+    try:
+        config = parse_json(text)
+        if "\ufffd" in text:
+            raise ValueError("it holds bytes that are not UTF-8")
+    except ValueError as e:
+        raise CheckpointError(f"load_adapter: {where} is no JSON that can be used: {e}") from e
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise CheckpointError(f"load_adapter: {where} has no peft_type; it must be an object as PEFT or fastpeft writes it.")
     return config

@@ -61,7 +61,7 @@ class Inspection:
         lines += [f"  {k}: {v}" for k, v in sorted(shown.items())]
         targets = self.config.get("target_modules")
         if targets is not None:
-            lines.append(f"  target_modules: {targets if isinstance(targets, str) else f'{len(targets)} names'}")
+            lines.append(f"  target_modules: {f'{len(targets)} names' if isinstance(targets, list) else targets}")
         rows = [("module", "tensor", "count", "shape", "dtype", "numbers", "norm", "")]
         for k in self.tensors:
             shape = " ".join("x".join(map(str, s)) or "scalar" for s in k.shapes[:3]) + (" ..." if len(k.shapes) > 3 else "")
@@ -94,17 +94,25 @@ def _inspection(found: Inspection, tensors: Mapping[str, Tensor]) -> Inspection:
         module, leaf = _split(key)
         groups.setdefault((re.sub(r"(?<![A-Za-z0-9])\d+(?![A-Za-z0-9])", "*", module), leaf, str(t.dtype).removeprefix("torch.")), []).append(t)
     for (module, leaf, dtype), own in groups.items():
-        wide = [t.to(torch.float64) for t in own]
+        wide = [_wide(t) for t in own]
         shapes = Counter(tuple(t.shape) for t in own)
         found.tensors.append(
             Kind(
                 module, leaf, len(own), [list(s) for s, _ in shapes.most_common()], dtype, sum(t.numel() for t in own),
                 sum(float(t.norm()) for t in wide) / len(own),
-                sum(not bool(t.any()) for t in own), sum(not bool(t.isfinite().all()) for t in wide),
+                sum(not bool(t.any()) for t in wide), sum(not bool(t.isfinite().all()) for t in wide),
             )
         )
     found.size = sum(t.numel() * t.element_size() for t in tensors.values())
     return found
+
+
+def _wide(t: Tensor) -> Tensor:
+    """Its numbers in float64 (complex128); NaN for those of a dtype that torch cannot read, such as float4_e2m1fn_x2."""
+    try:
+        return t.to(torch.complex128 if t.dtype.is_complex else torch.float64)
+    except RuntimeError:
+        return torch.full(t.shape, torch.nan, dtype=torch.float64)
 
 
 def _split(key: str) -> tuple[str, str]:

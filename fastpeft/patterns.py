@@ -16,6 +16,19 @@ def by_pattern(name: str, pattern: Mapping[str, Any] | None, default: Any) -> An
     return default
 
 
+def check_pattern(option: str, pattern: Any) -> None:
+    """ValueError unless a rank_pattern or alpha_pattern is None, or an object whose names are regular expressions."""
+    if pattern is None:
+        return
+    if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
+        raise ValueError(f"adapt: {option}={pattern!r}; it must map names or regular expressions of layers to values.")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as e:
+            raise ValueError(f"adapt: {option} holds {key!r}, which is no valid regular expression ({e}).") from None
+
+
 def per_layer(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The option `key` with the commonest value, and a pattern for the layers that have another."""
     ((common, _),) = Counter(values.values()).most_common(1)

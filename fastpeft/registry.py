@@ -369,12 +369,15 @@ def peft_reader(peft_type: Any) -> Recipe:
 
 
 def check_options(names: list[str], options: Mapping[str, Any]) -> None:
-    """Raise ValueError if an option belongs to none of the named recipes; the message lists what exists."""
+    """Raise ValueError if an option belongs to none of the named recipes (the message lists what exists), or a flag is no bool."""
     known = {name: get_recipe(name).options for name in names}
     for option in options:
         if not any(option in own for own in known.values()):
             listing = "; ".join(f"{name}: {', '.join(own)}" for name, own in known.items())
             raise ValueError(f"adapt: option {option!r} does not exist for {', '.join(names)}; options are: {listing}.")
+        flag = any(isinstance(own.get(option), bool) for own in known.values())
+        if flag and not isinstance(options[option], bool):  # the text "false" would count as true
+            raise ValueError(f"adapt: {option}={options[option]!r}; it must be True or False.")
 
 
 def check_rank(who: str, rank: Any, site: Site) -> None:
@@ -408,7 +411,11 @@ def check_probability(who: str, name: str, p: Any) -> float:
 
 def check_finite(who: str, name: str, value: Any) -> float:
     """Raise unless value is a finite number; returns it as a float."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{who}: {name}={value!r}; it must be a finite number.")
-    return float(value)
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an int of more digits than a float has room for
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{who}: {name}={str(value)[:40] if number == math.inf else repr(value)}; it must be a finite number.")
+    return number
 

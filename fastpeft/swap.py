@@ -30,7 +30,7 @@ from fastpeft.beside import FFNAdapter, attach
 from fastpeft.experts import Expert, absences, experts_by_site, layout, read_experts, stacked
 from fastpeft.ffn import FFN, find_ffns
 from fastpeft.packed import is_packed
-from fastpeft.patterns import by_pattern, exactly
+from fastpeft.patterns import by_pattern, check_pattern, exactly
 from fastpeft.record import CONTAINERS, RECORD, SHARED, Adaptation, opened
 from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
@@ -147,6 +147,8 @@ def build_and_attach(
 
     given: the trained experts whose layout is options["experts"].
     """
+    for option, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        check_pattern(option, pattern)
     bias = "none" if bias is None else bias
     if bias not in _BIAS:
         raise ValueError(f"adapt: bias={bias!r}; it must be one of {', '.join(_BIAS)}.")

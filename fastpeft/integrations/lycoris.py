@@ -75,7 +75,7 @@ def load_lycoris(model: nn.Module, file: str | os.PathLike[str], *, prefix: str 
         live = {key: p for layer in layers for key, p in _live(model, layer, kind)}
         tensors = {k: _magnitude(k, t, tensors) for k, t in tensors.items() if not k.endswith(".alpha")}
         check_tensors(live, tensors, path, {})
-    except ValueError:
+    except BaseException:
         unload(model)
         raise
     with torch.no_grad():
@@ -105,8 +105,9 @@ def _magnitude(key: str, t: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     head, _, leaf = key.partition(".")
     if leaf != "dora_scale":
         return t
-    wide = torch.promote_types(t.dtype, tensors[f"{head}.{_LORA['B']}"].dtype)
-    return t.flatten().to(wide)
+    other = tensors[f"{head}.{_LORA['B']}"]
+    same = all(d.dtype.is_floating_point and d.dtype.itemsize > 1 for d in (t, other))  # what is not, check_tensors refuses
+    return t.flatten().to(torch.promote_types(t.dtype, other.dtype) if same else t.dtype)
 
 
 def _layers(
@@ -166,6 +167,8 @@ def _problem(leaves: Mapping[str, Tensor]) -> str | None:
     if scale is not None and tuple(scale.shape) != (leaves["lora_up.weight"].shape[0], 1):
         return f"dora_scale is {tuple(scale.shape)}, needed one number per output, [out, 1] (LyCORIS' wd_on_out)"
     alpha = leaves.get("alpha", torch.ones(()))
+    if alpha.dtype.is_complex or alpha.dtype is torch.bool or (alpha.is_floating_point() and alpha.dtype.itemsize < 2):
+        return f"alpha is {alpha.dtype}, needed a floating-point or whole number"
     if alpha.numel() != 1 or not bool(alpha.isfinite().all()):
         return f"alpha is {alpha.tolist()}, needed one finite number"
     return None

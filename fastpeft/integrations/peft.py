@@ -83,6 +83,11 @@ def _reader(fields: Mapping[str, Any]) -> tuple[str, PeftFormat]:
 def from_dict(fields: Mapping[str, Any], model: nn.Module) -> tuple[str, Settings, dict[str, Any]]:
     """The same from the JSON of an adapter_config.json; ValueError names what is unknown or unsupported."""
     name, form = _reader(fields)
+    flags = {theirs for theirs, ours in form.reads.items() if isinstance(get_recipe(name).options.get(ours), bool)} | {"use_dora"}
+    fields = {k: v for k, v in fields.items() if k not in flags or v is not None}
+    texts = {k: fields[k] for k in sorted(flags & fields.keys()) if not isinstance(fields[k], bool)}
+    if texts:  # the text "false" would count as true
+        raise ValueError(f"peft config: these fields must be true or false: {texts}.")
     known = {*_SETTINGS, *form.reads, *_SILENT, form.start, *(_SILENT_LORA if form.peft_type == "LORA" else ())} - form.lacks
     known |= form.silent
     active = {k: v for k, v in fields.items() if k not in known and v not in (None, False, {}, [], _OFF.get(k))}

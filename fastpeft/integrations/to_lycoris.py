@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastpeft.checkpoint import some
+from fastpeft.checkpoint import load_adapter, some
 from fastpeft.folder import PREFIX, CheckpointError, read_folder, replace_file
 from fastpeft.patterns import by_pattern
 
@@ -29,8 +29,9 @@ def to_lycoris(folder: str | os.PathLike[str], file: str | os.PathLike[str], *, 
     """Write the adapter of a PEFT folder to a .safetensors file; returns the names of its layers.
 
     prefix: of every key, `<prefix>_<module name with _ for .>` ("lora_unet", "lora_te", ...).
-    FileNotFoundError; CheckpointError for a damaged folder, another peft_type, tensors that have no place in such a file (biases,
-    modules_to_save, embeddings, convolutions), and two layers whose names are the same with _ for '.'. The file is whole or as it was.
+    FileNotFoundError; CheckpointError for a damaged folder, one that load_adapter would refuse whatever the model, another peft_type, tensors
+    that have no place in such a file (biases, modules_to_save, embeddings, convolutions), and two layers whose names are the same with _
+    for '.'. The file is whole or as it was.
     """
     from safetensors.torch import save
 
@@ -46,13 +47,21 @@ def to_lycoris(folder: str | os.PathLike[str], file: str | os.PathLike[str], *, 
             f"to_lycoris: {folder} holds {f'tensors that such a file has no place for: {some(strange)}' if strange else 'no adapter'}; "
             "train without biases and modules_to_save, and on linear layers alone."
         )
-    found: dict[str, Tensor] = {}
-    for site, leaves in layers.items():
+    missing = [f"{PREFIX}{site}.{leaf}" for site, leaves in layers.items() for leaf in _absent(leaves)]
+    empty = [key for key, t in tensors.items() if not t.numel()]
+    for what, names in (("missing", missing), ("of no element", empty)):
+        if names:
+            raise CheckpointError(f"to_lycoris: {folder} is damaged: {len(names)} {what}: {some(names)}.")
+    heads: dict[str, str] = {}
+    for site in layers:
         head = f"{prefix}_{site.replace('.', '_')}"
-        if f"{head}.alpha" in found:
-            twins = [s for s in layers if s.replace(".", "_") == site.replace(".", "_")]
-            raise CheckpointError(f"to_lycoris: {' and '.join(twins)} of {folder} have one name with _ for '.'; rename one of the modules.")
-        own = _layer(config, site, leaves)
+        if head in heads:
+            raise CheckpointError(f"to_lycoris: {heads[head]} and {site} of {folder} have one name with _ for '.'; rename one of the modules.")
+        heads[head] = site
+    _check(folder, layers)
+    found: dict[str, Tensor] = {}
+    for head, site in heads.items():
+        own = _layer(config, site, layers[site])
         found |= {f"{head}.{leaf}": t.contiguous() for leaf, t in own.items()}
     replace_file(Path(file), save(found, {"format": "pt"}))
     return list(layers)
@@ -70,6 +79,45 @@ def _layers(tensors: Mapping[str, Tensor], known: Mapping[str, str]) -> tuple[di
             site = key.removeprefix(PREFIX).removesuffix(f".{leaf}")
             layers.setdefault(site, {})[known[leaf]] = tensor
     return layers, strange
+
+
+def _absent(leaves: Mapping[str, Tensor]) -> list[str]:
+    """PEFT's names of what a layer with these leaves of the file needs and does not have; of LoKr, whose halves are whole or not, the sizes'."""
+    for own in LEAVES.values():
+        named = {leaf: name for name, leaf in own.items()}
+        if not leaves.keys() <= named.keys():
+            continue
+        if own is not LEAVES["LOKR"]:
+            return [named[leaf] for leaf in named if leaf not in leaves and leaf != "dora_scale"]
+        halves = [(f"lokr_w{half}", f"lokr_w{half}_a", f"lokr_w{half}_b") for half in (1, 2)]
+        return [n for whole, *pair in halves if whole not in leaves for n in ([whole] if leaves.keys().isdisjoint(pair) else pair) if n not in leaves]
+    return []
+
+
+def _check(folder: Path, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """CheckpointError for what load_adapter refuses in a model of these layers and no others: config and tensors held against each other."""
+    model = nn.Module()
+    for site, leaves in layers.items():
+        out_features, in_features = _sides(leaves)
+        parent = model
+        for part in site.split(".")[:-1]:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent.get_submodule(part)
+        wide = torch.float64 if any(t.dtype is torch.float64 for t in leaves.values()) else torch.float32
+        parent.add_module(site.rpartition(".")[2], nn.Linear(in_features, out_features, device="meta", dtype=wide))
+    load_adapter(model, folder)
+
+
+def _sides(leaves: Mapping[str, Tensor]) -> tuple[int, int]:
+    """(out, in) of the layer that these leaves say of themselves."""
+    if "lora_up.weight" in leaves:
+        return leaves["lora_up.weight"].shape[0], leaves["lora_down.weight"].shape[1]
+    if "hada_w1_a" in leaves:
+        return leaves["hada_w1_a"].shape[0], leaves["hada_w1_b"].shape[1]
+    rows = [leaves.get(f"lokr_w{half}_a", leaves.get(f"lokr_w{half}")).shape[0] for half in (1, 2)]
+    columns = [leaves.get(f"lokr_w{half}_b", leaves.get(f"lokr_w{half}")).shape[1] for half in (1, 2)]
+    return math.prod(rows), math.prod(columns)
 
 
 def _layer(config: Mapping[str, Any], site: str, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:

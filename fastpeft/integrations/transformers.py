@@ -130,8 +130,9 @@ class ProcedureCallback(TrainerCallback):
                 f"ProcedureCallback: training resumes at step {state.global_step}, and {path} with the state of the procedures does "
                 "not exist; say ProcedureCallback(..., resume_from=folder) with the folder given to train(), or start anew."
             ) from None
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError) as e:
-            raise ValueError(f"ProcedureCallback: {path} is damaged, or no state of procedures: {e}") from e
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, OSError) as e:
+            why = (str(e).splitlines() or [type(e).__name__])[0]
+            raise ValueError(f"ProcedureCallback: {path} is damaged, or no state of procedures: {why}") from e
         if step != state.global_step or parameters != _fingerprint(model, optimizer):
             raise ValueError(
                 f"ProcedureCallback: {path} was saved at step {step} beside other parameters than the model has at step "

@@ -44,8 +44,10 @@ def peft_adalora(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def uncut(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A file's tensors with zeros for the ranks that PEFT cut off when it saved; ValueError where pattern and file disagree."""
-    full = dict(tensors)
-    for name, kept in (config.get("rank_pattern") or {}).items():
+    full, pattern = dict(tensors), config.get("rank_pattern") or {}
+    if not isinstance(pattern, Mapping) or not all(isinstance(kept, list) for kept in pattern.values()):
+        raise ValueError(f"rank_pattern is {pattern!r}; needed is a list of true and false for each layer.")
+    for name, kept in pattern.items():
         stem, keep = f"base_model.model.{name.rpartition('.lora_E')[0]}", torch.tensor(kept, dtype=torch.bool)
         if len(keep) != config["init_r"] or f"{stem}.lora_E" not in full:
             raise ValueError(f"rank_pattern has {len(keep)} entries for {name!r}; needed are init_r = {config['init_r']} for a layer.")

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
         else:
             _to_folder(source, target, arguments)
     except (FileNotFoundError, ValueError) as e:
-        raise JobError(str(e) if isinstance(e, JobError) else f"convert: {e}") from None
+        raise JobError(str(e) if isinstance(e, JobError) else f"convert: {str(e).removeprefix('load_adapter: ')}") from None
     except OSError as e:
         raise JobError(f"convert: {e}", code=1) from None
 
