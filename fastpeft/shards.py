@@ -124,7 +124,7 @@ def _refuse_flat(found: list[Place], who: str) -> None:
     if flat and all(p.dim() < 2 for p in flat):  # whole ones have the shapes of factors
         raise RuntimeError(
             f"{who}: FullyShardedDataParallel holds a flat part of the adapter here; call this within "
-            "FullyShardedDataParallel.summon_full_params(wrapped, writeback=True), in every process."
+            "FullyShardedDataParallel.summon_full_params(wrapped, writeback=True), and save in the first process alone."
         )
 
 
