@@ -22,6 +22,7 @@ from fastpeft.patterns import check_pattern, exactly
 from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of
 from fastpeft.registry import Method, PeftFormat, Recipe, get_recipe
 from fastpeft.report import Report
+from fastpeft.shards import gathered
 from fastpeft.sites import saved_modules
 from fastpeft.swap import build_and_attach
 from fastpeft.targets import checked_targets, matches, output_head
@@ -38,12 +39,19 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     A method is written in PEFT's own layout where PEFT has it and can hold what was asked (METHODS.md, column PEFT), and then loads
     in stock PEFT; loha and lokr not where PEFT's cannot hold it (trained biases, Conv1D layers, LyCORIS options). ValueError if the model is not adapted, OSError if the folder cannot be
     written; the folder then still holds the checkpoint it held before.
+    Where FSDP2 or ZeRO-3 shards the model, every process must call this: the adapter is gathered, and the first process writes it.
     """
     record = adaptation(model, "save_adapter")
+    with gathered(model, record, "save_adapter") as holds:
+        if holds:
+            _save(model, record, Path(folder))
+
+
+def _save(model: nn.Module, record: Adaptation, folder: Path) -> None:
     tensors = {key: tensor.detach() for key, tensor in _state(model, record).items()}
     broken = [k for k, t in tensors.items() if t.is_floating_point() and not bool(t.isfinite().all())]
     if broken:
-        warnings.warn(f"save_adapter: these tensors are not finite: {some(broken)}; load_adapter will refuse this folder.", stacklevel=2)
+        warnings.warn(f"save_adapter: these tensors are not finite: {some(broken)}; load_adapter will refuse this folder.", stacklevel=3)
     meta = {"methods": record.methods, "options": record.options}
     meta |= {key: getattr(record, key) for key in _PATTERNS if getattr(record, key)}
     if record.quantize:
@@ -52,7 +60,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     if form is not None and form.pack is not None:
         config, tensors = form.pack(config, tensors)
     gates = {key: tensors.pop(key) for key in list(tensors) if form and form.gates and key.endswith(f".{form.gates}")}
-    write_folder(Path(folder), tensors, config, meta, gates)
+    write_folder(folder, tensors, config, meta, gates)
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
@@ -62,6 +70,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
     A model without adapters is adapted as the config says; an adapted one must have the same methods, options and shapes, but
     may be quantised otherwise (its base is the user's choice, as in PEFT).
     16-bit factors are widened to the adapter's fp32 without loss.
+    A sharded model (FSDP2, ZeRO-3) must be adapted already; every process calls this, reads the folder and keeps its own part.
     Raises FileNotFoundError for a missing file, CheckpointError for anything that is wrong with it (truncated, missing,
     unexpected, misshapen, not finite, other dtype, other method, pickle); the model is then as it was before.
     """
@@ -84,25 +93,25 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> Report:
         record = adaptation(model, "load_adapter")
         if not fresh:
             _check_same(model, record, methods, settings, options, folder)
-        live = _state(model, record)
-        form = _peft_format(model, record)
-        gates = read_gates(Path(folder), tensors)
-        if gates and not (form and form.gates):
-            report.notes.append(f"{folder} holds gates of PHATGOOSE too, for which {', '.join(record.methods)} has no place: they are not loaded.")
-        tensors |= gates if form and form.gates else {}
-        tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
-        tensors = _unpacked(form, config, tensors, folder)
-        check_tensors(live, tensors, folder, _beside_methods(model, record))
-        _check_states(model, record, tensors, folder)
+        with torch.no_grad(), gathered(model, record, "load_adapter", write=True):
+            live = _state(model, record)
+            form = _peft_format(model, record)
+            gates = read_gates(Path(folder), tensors)
+            if gates and not (form and form.gates):
+                report.notes.append(f"{folder} holds gates of PHATGOOSE too, for which {', '.join(record.methods)} has no place: they are not loaded.")
+            tensors |= gates if form and form.gates else {}
+            tensors = {k: v for k, v in tensors.items() if not _wrapper_bias(k, record)}
+            tensors = _unpacked(form, config, tensors, folder)
+            check_tensors(live, tensors, folder, _beside_methods(model, record))
+            _check_states(model, record, tensors, folder)
+            for method, keys in _methods_at(model, record):
+                method.load({leaf: tensors[key] for leaf, key in keys.items()})
+            for key, tensor in _beside_methods(model, record).items():
+                tensor.copy_(tensors[key])
     except BaseException:
         if fresh:
             unload(model)
         raise
-    with torch.no_grad():
-        for method, keys in _methods_at(model, record):
-            method.load({leaf: tensors[key] for leaf, key in keys.items()})
-        for key, tensor in _beside_methods(model, record).items():
-            tensor.copy_(tensors[key])
     return report.count(model)
 
 

@@ -17,6 +17,7 @@ from fastpeft.leave import refuse_ffns, static_terms
 from fastpeft.patterns import per_layer
 from fastpeft.record import Adaptation, adaptation
 from fastpeft.registry import get_recipe
+from fastpeft.shards import gathered
 from fastpeft.stack import GATE
 from fastpeft.terms import Bias, Kron, LowRank, kron, plain_factors
 
@@ -42,6 +43,12 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 f"export_lora: {'+'.join(adapter.names)} replaced the base weight of {site!r}, and its factors mean nothing on the "
                 "original one; save_adapter keeps both, merge makes one dense weight of them."
             )
+    with gathered(model, record, "export_lora") as holds:
+        if holds:
+            _export(model, record, folder)
+
+
+def _export(model: nn.Module, record: Adaptation, folder: str | os.PathLike[str]) -> None:
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     biased = []
@@ -64,6 +71,12 @@ def export_expert(model: nn.Module, folder: str | os.PathLike[str], expert: str)
     and trained biases are written too. ValueError for an unknown name, or where the model has no experts.
     """
     record = adaptation(model, "export_expert")
+    with gathered(model, record, "export_expert") as holds:
+        if holds:
+            _export_expert(model, record, folder, expert)
+
+
+def _export_expert(model: nn.Module, record: Adaptation, folder: str | os.PathLike[str], expert: str) -> None:
     tensors: dict[str, Tensor] = {}
     gates: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}

@@ -13,9 +13,12 @@ from fastpeft.adapter import FREED, base_of, freed, is_conv1d, release
 from fastpeft.beside import detach
 from fastpeft.packed import is_packed, unpack
 from fastpeft.record import RECORD, SHARED, Adaptation, adaptation, holders_of, opened
+from fastpeft.shards import refuse_sharded
 from fastpeft.targets import shared_weights
 from fastpeft.terms import Term, effective_bias, effective_weight, refuse_tokenwise
 from fastpeft.trained import beginnings, refuse_lost, restore
+
+_ALONE = "save_adapter here, and load_adapter into a whole model first."
 
 
 def unload(model: nn.Module) -> nn.Module:
@@ -25,6 +28,7 @@ def unload(model: nn.Module) -> nn.Module:
     were let go with keep_base=False.
     """
     record = adaptation(model, "unload")
+    refuse_sharded(model, "unload", _ALONE)
     refuse_lost(model, record, "unload")
     for name in record.classes:
         if freed(model.get_submodule(name)):
@@ -54,6 +58,7 @@ def merge(model: nn.Module) -> nn.Module:
     merged weight would not be finite.
     """
     record = adaptation(model, "merge")
+    refuse_sharded(model, "merge", _ALONE)
     refuse_ffns(model, record, "merge")
     shared = shared_weights(model, record.sites)
     if shared:
@@ -147,6 +152,8 @@ def adapters_off(model: nn.Module) -> Iterator[nn.Module]:
     """
     record = adaptation(model, "adapters_off")
     refuse_lost(model, record, "adapters_off")
+    if record.kept or record.biases:
+        refuse_sharded(model, "adapters_off", "parameters of its own train, and what they were cannot stand in for shards; use a second, frozen model.")
     adapters = [model.get_submodule(name).adapter for name in record.sites]
     for name in record.classes:
         module: Any = model.get_submodule(name)

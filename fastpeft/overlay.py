@@ -29,10 +29,10 @@ class Overlay:
         W[at] = (self.origin + values).to(W.dtype)
 
     def release(self, W: Tensor, index: Tensor) -> None:
-        """The original entries, bit for bit."""
-        if self.origin is not None:
+        """The original entries, bit for bit. Where W lies in shards (FSDP2, ZeRO-3) these never had others: the whole W that did is gone."""
+        if self.origin is not None and W.numel() and not hasattr(W, "full_tensor"):
             W.data[tuple(index.long())] = self.origin.to(W)
-            self.origin = None
+        self.origin = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Overlay:
         twin = Overlay()

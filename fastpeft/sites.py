@@ -15,10 +15,13 @@ from fastpeft.ffn import FFN
 from fastpeft.record import SHARED
 from fastpeft.registry import Recipe
 from fastpeft.report import Report, Route
+from fastpeft.shards import refuse_sharded
 from fastpeft.targets import Targets, checked_targets, is_all, matches, output_head, refusal, select
 
 
 def refuse_second(model: nn.Module) -> None:
+    """ValueError for a model that has adapters already, or whose weights lie in shards, beside which new ones would be no part of them."""
+    refuse_sharded(model, "adapt", "adapt or load_adapter comes first, and what shards the model (fully_shard, accelerator.prepare) after it.")
     if hasattr(model, SHARED):
         raise ValueError(f"adapt: this {type(model).__name__} has an attribute {SHARED!r} already; rename it.")
     for name, module in model.named_modules():
