@@ -16,6 +16,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,14 +35,18 @@ class Arm:
 
     def __init__(self, flags: Sequence[str]):
         command = [sys.executable, str(SCRIPT), *flags, "--turns", "--json"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # a file: nobody reads a pipe of warnings while training runs
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
 
     def line(self) -> Any:
         """What the process says next; RuntimeError with the last of its messages where it has ended instead."""
-        assert self.process.stdout is not None and self.process.stderr is not None
+        assert self.process.stdout is not None
         if not (said := self.process.stdout.readline()):
-            tail = "\n".join(self.process.stderr.read().splitlines()[-15:])
-            raise RuntimeError(f"compare_sft: {' '.join(self.process.args)} ended with {self.process.wait()}:\n{tail}")
+            code = self.process.wait()
+            self.errors.seek(0)
+            tail = "\n".join(self.errors.read().splitlines()[-15:])
+            raise RuntimeError(f"compare_sft: {' '.join(self.process.args)} ended with {code}:\n{tail}")
         return json.loads(said)
 
     def go(self) -> Any:
@@ -54,6 +59,7 @@ class Arm:
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
+        self.errors.close()
 
 
 def trained(flags: Sequence[str], rounds: int, seed: int) -> dict[str, dict[str, Any]]:

@@ -39,22 +39,28 @@ TEXTS = 10_000
 EOS, PAD = "</s>", "<pad>"
 
 
+def positive(text: str) -> int:
+    if (found := int(text)) < 1:
+        raise ValueError
+    return found
+
+
 def options(parser: argparse.ArgumentParser) -> None:
     """What a run and a comparison of two both take."""
     add = parser.add_argument
-    add("--steps", type=int, default=40)
-    add("--batch", type=int, default=4, help="packed sequences per step")
-    add("--length", type=int, default=256, help="tokens per sequence")
-    add("--hidden", type=int, default=512)
-    add("--intermediate", type=int, default=1408)
-    add("--layers", type=int, default=4)
-    add("--heads", type=int, default=8)
-    add("--vocab", type=int, default=4096)
-    add("--rank", type=int, default=16)
+    add("--steps", type=positive, default=40)
+    add("--batch", type=positive, default=4, help="packed sequences per step")
+    add("--length", type=positive, default=256, help="tokens per sequence")
+    add("--hidden", type=positive, default=512)
+    add("--intermediate", type=positive, default=1408)
+    add("--layers", type=positive, default=4)
+    add("--heads", type=positive, default=8)
+    add("--vocab", type=positive, default=4096)
+    add("--rank", type=positive, default=16)
     add("--dropout", type=float, default=0.0, help="LoRA's and DoRA's; the masks are not PEFT's, so the losses differ then")
     add("--lr", type=float, default=1e-3)
     add("--checkpointing", action="store_true", help="recompute activations in backward (TRL's own default)")
-    add("--threads", type=int, default=torch.get_num_threads())
+    add("--threads", type=positive, default=torch.get_num_threads())
     add("--seed", type=int, default=0)
 
 
@@ -119,7 +125,7 @@ def build(args: argparse.Namespace, folder: str, callbacks: list[Any]) -> Any:
     words = tokenizer(args.vocab)
     model = peft.get_peft_model(llama(args, words), adapter(args))
     if args.accelerate:
-        fastpeft.accelerate(model, strict=True)  # the one line
+        fastpeft.accelerate(model)  # the one line
     arguments = trl.SFTConfig(
         output_dir=folder, max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=args.lr,
         max_length=args.length, packing=True, packing_strategy="wrapped", gradient_checkpointing=args.checkpointing,
