@@ -4,8 +4,9 @@
     python examples/sft_llama.py --method dora --no-accelerate    # the same script without it
 
 Nothing is downloaded: the text is the docstrings of the running Python's standard library (the main job's built-in data), the
-tokenizer is trained on them, the model is random. Everything is fp32 on the CPU, PEFT's adapters too. Both runs start from the
-same numbers and see the same batches. examples/compare_sft.py runs them side by side.
+tokenizer is trained on them, the model is random; trl, peft and datasets must be installed. Everything is fp32 on the CPU, PEFT's
+adapters too. Both runs start from the same numbers and see the same batches; with --dropout the masks differ, being drawn by
+another generator, and so do the losses. examples/compare_sft.py runs them side by side.
 """
 
 from __future__ import annotations
