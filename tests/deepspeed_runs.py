@@ -31,9 +31,9 @@ class Loss(nn.Module):
         return loss(self.model, self.model, x, domain) / x.numel()
 
 
-def train(case, dtype, backward=torch.Tensor.backward, take=lambda o: o, shares=(0, 1), prepare=lambda m, o: (m, o)):
+def train(case, dtype, backward=torch.Tensor.backward, shares=(0, 1), prepare=lambda m, o: (m, o)):
     """(losses of STEPS steps of AdamW over these shares of the rows, the model, the module that was called)."""
-    model = adapted(case, dtype)
+    model = adapted(case, torch.float32).to(dtype)  # in fp64 too these values: a generator gives others there
     own = [p for p in model.parameters() if p.requires_grad]
     outside, optimizer = prepare(Loss(model), torch.optim.AdamW(own, lr=0.01))
     losses = []
@@ -58,7 +58,7 @@ def under_deepspeed(case, stage, folder, rank):
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": 0.0,
+        "gradient_clipping": 0.0,  # its own default is 1.0
         # parameters as small as these would stay whole
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
