@@ -18,6 +18,11 @@ LAPLACE = laplace-torch==0.3 curvlinops-for-pytorch==3.0.1 asdfghjkl==0.1a4 back
 # the bi-level library whose gradients BiLoRA's must equal; it declares Python < 3.11 and needs torch and numpy alone
 BETTY = betty-ml==0.2.1
 
+# what the ZeRO tests run under, in a folder of its own, since Transformers and Accelerate import it where they find it; --no-deps so
+# that it cannot move torch, and no compiled operator is needed on the CPU
+DEEPSPEED = deepspeed==0.19.8 hjson==3.1.0 py-cpuinfo==9.0.0 msgpack==1.2.4 pydantic==2.14.4 pydantic-core==2.50.5 \
+            typing-inspection==0.4.5 annotated-types==0.8.0 einops==0.8.2 ninja==1.13.2
+
 # builds by the hundred, and nothing that two processes could get in each other's way with
 GATES = $(wildcard tests/test_compile_gate_*.py)
 
@@ -29,7 +34,7 @@ finetune: $(VENV)/.hf
 test: $(VENV)/.test lint
 	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -q -n 2 $(ARGS)
 
-accept: $(VENV)/.test
+accept: $(VENV)/.test $(VENV)/.deepspeed
 	$(RUN) -m pytest $(GATES) -q -m accept -n 2 $(ARGS) || [ $$? -eq 5 ]
 	$(RUN) -m pytest tests -q -m accept $(patsubst %,--ignore=%,$(GATES)) $(ARGS)
 
@@ -52,6 +57,10 @@ $(VENV)/.test: $(VENV)/.hf
 	$(PIP) install -q -c $(CONSTRAINTS) -e '.[hf,test]'
 	$(PIP) install -q --no-deps $(LYCORIS) $(GALORE) $(LAPLACE)
 	$(PIP) install -q --no-deps --ignore-requires-python $(BETTY)
+	touch $@
+
+$(VENV)/.deepspeed: $(VENV)/.test
+	DS_BUILD_OPS=0 $(PIP) install -q -c $(CONSTRAINTS) --no-deps --upgrade --target $(VENV)/deepspeed $(DEEPSPEED)
 	touch $@
 
 clean:

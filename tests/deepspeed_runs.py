@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from sharded import RANKS, adapted, data, loss
@@ -30,9 +31,9 @@ class Loss(nn.Module):
         return loss(self.model, self.model, x, domain) / x.numel()
 
 
-def train(case, dtype, backward=torch.Tensor.backward, take=lambda o: o, shares=(0, 1), prepare=lambda m, o: (m, o)):
+def train(case, dtype, backward=torch.Tensor.backward, shares=(0, 1), prepare=lambda m, o: (m, o)):
     """(losses of STEPS steps of AdamW over these shares of the rows, the model, the module that was called)."""
-    model = adapted(case, dtype)
+    model = adapted(case, torch.float32).to(dtype)  # in fp64 too these values: a generator gives others there
     own = [p for p in model.parameters() if p.requires_grad]
     outside, optimizer = prepare(Loss(model), torch.optim.AdamW(own, lr=0.01))
     losses = []
@@ -57,17 +58,41 @@ def under_deepspeed(case, stage, folder, rank):
         "train_micro_batch_size_per_gpu": 1,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,  # its own default is 1.0
         # parameters as small as these would stay whole
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
     }
-    accelerator = Accelerator(cpu=True, deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    # cpu=True would leave DeepSpeed out, and so would a group that Accelerate makes without a GPU
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    assert accelerator.distributed_type == "DEEPSPEED" and accelerator.device.type == "cpu", accelerator.state
     seen = {}
-    losses, model, engine = train(case, torch.float32, accelerator.backward, shares=(rank,), prepare=accelerator.prepare)
+    losses, model, outside = train(case, torch.float32, accelerator.backward, shares=(rank,), prepare=accelerator.prepare)
     torch.distributed.all_reduce(losses)
     seen["losses"] = losses / RANKS
     seen["partitioned"] = sorted(n for n, p in model.named_parameters() if getattr(p, "ds_tensor", None) is not None and not p.numel())
-    fastpeft.save_adapter(model, folder)
-    return seen, model, engine
+    if stage == 3 or rank == 0:  # shards need every process
+        fastpeft.save_adapter(model, folder)
+    seen["loaded"] = again(model, folder) if stage == 3 else None
+    seen["engine"] = type(outside).__name__
+    return seen
+
+
+def again(model, folder):
+    """Whether spoiled values, loaded again, are saved as they were."""
+    from fastpeft.folder import read_folder
+
+    torch.distributed.barrier()
+    own = [p for p in model.parameters() if p.requires_grad]
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(own, modifier_rank=0), torch.no_grad():
+        for p in own:
+            p.add_(1.0)
+    fastpeft.save_adapter(model, f"{folder}/spoiled")
+    fastpeft.load_adapter(model, folder)
+    fastpeft.save_adapter(model, f"{folder}/again")
+    saved, spoiled, loaded = (read_folder(f)[1] for f in map(Path, (folder, f"{folder}/spoiled", f"{folder}/again")))
+    return all(torch.equal(loaded[k], t) and not torch.equal(spoiled[k], t) for k, t in saved.items())
 
 
 def main(rank, folder, port):
@@ -76,10 +101,13 @@ def main(rank, folder, port):
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         "DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true",
     }  # fmt: skip
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
     seen = {}
     for stage in STAGES:
         for case in sys.argv[4:] or METHODS:
-            seen[stage, case], *_ = under_deepspeed(case, stage, f"{folder}/{stage}-{case}", rank)
+            seen[stage, case] = under_deepspeed(case, stage, f"{folder}/{stage}-{case}", rank)
             print(rank, stage, case, seen[stage, case], flush=True)
     torch.save(seen, f"{folder}/{rank}")
     torch.distributed.destroy_process_group()
