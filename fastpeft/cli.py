@@ -30,7 +30,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fastpeft.verbs import bench, compare, convert, env, finetune, inspect, laplace, methods, sequence, verify
+    from fastpeft.verbs import (
+        bench,
+        compare,
+        convert,
+        env,
+        finetune,
+        inspect,
+        laplace,
+        methods,
+        sequence,
+        verify,
+    )
 
     parser = argparse.ArgumentParser(prog="fastpeft", description="Adapter fine-tuning for PyTorch models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -21,6 +21,7 @@ from fastpeft.job.compare_store import Store
 from fastpeft.job.recipes import entries
 
 PILOT = 100
+# the fields of method_comparison/MetaMathQA/results/*.json in huggingface/peft, September 2026
 SCHEMA = {
     "run_info": {"created_at", "total_time", "experiment_name", "peft_branch", "peft_worktree_is_dirty", "train_config", "peft_config", "error_msg"},
     "train_info": {
@@ -63,7 +64,7 @@ def test_the_best_rate_of_the_pilot_is_reported_and_its_seed_is_not(done):
         assert sorted(pilots) == [1e-4, 3e-2]
         best = min(pilots, key=pilots.__getitem__)
         assert [(r["seed"], r["rate"]) for r in runs if r["seed"] != PILOT] == [(0, best), (1, best)]
-        assert pilots[1e-4] > pilots[3e-2]  # which a rate that does nothing loses
+    assert best == 3e-2  # loha's: one that moves nothing loses
     names = sorted(p.name for p in (out / "results").iterdir())
     assert names == sorted(f"{t}--seed-{k}.json" for t in ("frozen", "PEFT-lora", "lora", "loha") for k in (0, 1))
 
@@ -89,11 +90,11 @@ def test_results_have_the_fields_of_pefts_schema(done):
         assert found["train_info"]["train_time"] is None  # never a time of a machine that does other work
         assert set(found["meta_info"]["package_info"]) >= {"torch-version", "peft-version"} and "gpu" not in found["meta_info"]["system_info"]
     lora = json.loads((out / "results/lora--seed-1.json").read_text())
+    chosen = job.chosen_rate(Store(out).record("lora"), PILOT)
     assert lora["run_info"]["peft_config"]["peft_type"] == "LORA" and lora["run_info"]["peft_config"]["r"] == 8
-    assert lora["run_info"]["train_config"]["seed"] == 1 and lora["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == 3e-2
+    assert lora["run_info"]["train_config"]["seed"] == 1 and lora["run_info"]["train_config"]["optimizer_kwargs"]["lr"] == chosen
     peft = json.loads((out / "results/PEFT-lora--seed-1.json").read_text())
-    for key in ("num_trainable_params", "num_total_params"):
-        assert lora["train_info"][key] == peft["train_info"][key] > 0
+    assert lora["train_info"]["num_trainable_params"] == peft["train_info"]["num_trainable_params"] == 3840 + 34  # and the head
     assert json.loads((out / "results/frozen--seed-0.json").read_text())["run_info"]["peft_config"] is None
 
 
@@ -120,12 +121,12 @@ def test_a_finished_run_is_not_made_again(done, monkeypatch, capsys):
     assert {p: p.read_bytes() for p in (out / "runs").iterdir()} == before
     assert {r["title"]: r["seeds"] for r in rows} == {t: [0, 1] for t in ("lora", "loha", "frozen", "PEFT lora")}
     lora = next(r for r in rows if r["title"] == "lora")
-    assert lora["own"] == 384 * 2 + 2 * 2 * 8 * (4 * 32 + 2 * 48) - 384 * 2 - 2 * 8 * (4 * 32 + 2 * 48)  # 8 (in + out) of six layers, two blocks
+    assert lora["own"] == 8 * (2 * (4 * 32 + 2 * 48) + 32)  # rank 8 times in + out of six layers in two blocks, and the pooler
     assert lora["saved_per_token"] > next(r for r in rows if r["title"] == "frozen")["saved_per_token"] > 0
 
 
 def test_other_settings_are_refused(done, capsys):
-    out, command = done
+    _, command = done
     assert main([*command, "--max-length", "20"]) == 2
     assert "max_length was 48 and is 20 now" in capsys.readouterr().err
     for more, message in ((["--seeds", "100"], "is one of --seeds"), (["--grid", "0"], "--grid"), (["--recipes", "lorra"], "no such recipe")):
@@ -173,7 +174,7 @@ def test_what_goes_wrong_is_a_row(tiny, tmp_path, monkeypatch, capsys):
 
 
 def test_a_kill_leaves_whole_files_and_the_same_command_continues(tiny, tmp_path):
-    command = [*tiny, "--recipes", "lora", "--out", str(tmp_path), "--seeds", "0", "1"]
+    command = [*tiny, "--recipes", "lora", "--out", str(tmp_path)]
     child = subprocess.Popen([sys.executable, "-m", "fastpeft", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     held: dict[str, list[dict]] = {}
     try:
@@ -191,7 +192,7 @@ def test_a_kill_leaves_whole_files_and_the_same_command_continues(tiny, tmp_path
     assert main(command) == 0
     for name, runs in held.items():
         assert json.loads((tmp_path / "runs" / name).read_text())["runs"][: len(runs)] == runs
-    assert len(Store(tmp_path).record("lora")["runs"]) == 4 and (tmp_path / "report.md").exists()
+    assert len(Store(tmp_path).record("lora")["runs"]) == 3 and (tmp_path / "report.md").exists()
 
 
 def test_front_and_label_places():

@@ -7,6 +7,7 @@ and PEFT's LoRA are chosen for and trained in the same way.
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import platform
@@ -146,6 +147,7 @@ class Comparison:
             run |= {"error": f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}", "final": False}
         self.store.add(entry.title, facts, run)
         self.made += 1
+        gc.collect()  # a model and its hooks can be a cycle, and hundreds follow
         last = run.get("error") or f"loss {run['scores'][-1][0]:.4f}"
         print(f"{entry.title}, rate {rate:g}, seed {seed}: {last}", flush=True)
 

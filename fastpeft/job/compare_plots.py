@@ -166,9 +166,10 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_title(f"{r['title']}  {r['accuracy']:.3f}", fontsize=8, pad=3)
         axes.tick_params(labelsize=7)
         axes.spines[["top", "right"]].set_visible(False)
-    # a diverged curve must not flatten the others
-    ceiling = max(_smooth(q["losses"])[0] for r in rows for q in r["runs"]) * 1.3
-    grid[0][0].set_ylim(0, ceiling)
+    # from the lowest curve to what an untrained head has: a diverged one must not flatten the others
+    curves = [_mean(r) for r in rows]
+    low, high = min(min(c) for c in curves), statistics.median(c[0] for c in curves)
+    grid[0][0].set_ylim(low - 0.15 * (high - low), high + 0.25 * (high - low) + 1e-3)
     figure.suptitle(f"Training loss (thin: each seed) and evaluation loss (dots); grey: {reference['title']}", fontsize=10)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss", fontsize=9)
