@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import fastpeft
 from bench.machine import RESULTS, emit, read_rows
-from bench.recipes import Bench
 from fastpeft import train as procedures
 from fastpeft.job.arms import FASTPEFT
+from fastpeft.job.bench import Bench
 from fastpeft.job.history import History, module_type
 from fastpeft.job.loop import train, trainee
 from fastpeft.job.settings import Settings

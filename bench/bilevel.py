@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import RESULTS, emit, read_rows
-from bench.recipes import Bench
 from fastpeft.job.arms import FASTPEFT
+from fastpeft.job.bench import Bench
 from fastpeft.job.data import Examples
 from fastpeft.job.evaluate import Score, evaluate
 from fastpeft.job.loop import lr_at, train_step, trainee

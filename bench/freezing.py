@@ -20,8 +20,8 @@ from typing import Any
 from torch import nn
 
 from bench.machine import RESULTS, emit, read_rows
-from bench.recipes import Bench
 from fastpeft.job.arms import FASTPEFT
+from fastpeft.job.bench import Bench
 from fastpeft.job.history import History
 from fastpeft.job.loop import Trainee, is_own, train, trainee
 from fastpeft.job.settings import Settings

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.machine import RESULTS, emit, read_rows
-from bench.recipes import Bench
 from fastpeft.job.arms import FASTPEFT
+from fastpeft.job.bench import Bench
 from fastpeft.job.evaluate import evaluate
 from fastpeft.job.loop import Trainee, train, train_step, trainee
 from fastpeft.job.measure import LONG_RUN

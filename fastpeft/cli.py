@@ -30,11 +30,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fastpeft.verbs import bench, convert, env, finetune, inspect, laplace, methods, sequence, verify
+    from fastpeft.verbs import (
+        bench,
+        compare,
+        convert,
+        env,
+        finetune,
+        inspect,
+        laplace,
+        methods,
+        sequence,
+        verify,
+    )
 
     parser = argparse.ArgumentParser(prog="fastpeft", description="Adapter fine-tuning for PyTorch models.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb in (finetune, sequence, laplace, verify, inspect, convert, bench, methods, env):
+    for verb in (finetune, compare, sequence, laplace, verify, inspect, convert, bench, methods, env):
         name = verb.__name__.rpartition(".")[2]
         verb.add_arguments(verbs.add_parser(name, help=verb.HELP, description=verb.DESCRIPTION))
     return parser
