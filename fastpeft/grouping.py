@@ -25,7 +25,7 @@ class Limit(NamedTuple):
 
 # by device type and dtype of the base weight
 LIMITS: dict[tuple[str, torch.dtype], tuple[Limit, ...]] = {
-    ("cpu", torch.float32): (Limit(active=32, total=256, source="experts.jsonl"),),
+    ("cpu", torch.float32): (Limit(active=32, total=1024, source="experts.jsonl"),),
     ("cpu", torch.bfloat16): (Limit(active=32, total=512, source="experts.jsonl"),),
 }
 
