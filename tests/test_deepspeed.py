@@ -52,7 +52,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize(("stage", "case"), every)
 def test_losses_are_those_of_the_joined_batch(stage, case, ranks):
-    truth, _, _ = train(case, torch.float64)
+    truth, exact, _ = train(case, torch.float64)
     plain, model, _ = train(case, torch.float32)
     alone, _, _ = train(case, torch.float32, shares=(0,))
     folder, seen = ranks
@@ -67,9 +67,10 @@ def test_losses_are_those_of_the_joined_batch(stage, case, ranks):
     whole = Tower(torch.float32)
     whole.load_state_dict({n: t for n, t in model.state_dict().items() if "adapter" not in n})
     fastpeft.load_adapter(whole, folder / f"{stage}-{case}")
-    for n, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(whole.get_parameter(n), p, rtol=1e-4, atol=1e-5)
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    flat = lambda m: torch.cat([m.get_parameter(n).detach().flatten() for n in names])  # noqa: E731
+    # all of them at once: AdamW steps as far along a gradient of the size of rounding as along any other
+    assert_as_good(flat(whole), flat(exact), flat(model), f"parameters of {case} under ZeRO-{stage}")
 
 
 @pytest.mark.parametrize("case", METHODS)
