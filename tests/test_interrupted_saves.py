@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from damaged import CONFIG, SOURCES, TARGETS, WEIGHTS, Bomb, Net
+from test_checkpoint_faults import shaken
 from torch import nn
 
 import fastpeft
@@ -31,12 +32,7 @@ def adapted(method: str, seed: int, rank: int) -> nn.Module:
     """Trained values of their own for each seed, in all that is saved; rank: so that a config of the other one would not fit."""
     model = Net()
     fastpeft.adapt(model, method, rank=rank, target_modules=TARGETS, modules_to_save=["head"])
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.add_(0.3 * torch.randn(p.shape, generator=generator))
-    return model
+    return shaken(model, seed)
 
 
 def is_one_of(folder: Path, *models: nn.Module) -> int:
