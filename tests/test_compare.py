@@ -181,13 +181,13 @@ def test_a_kill_leaves_whole_files_and_the_same_command_continues(tiny, tmp_path
         for _ in range(1200):
             time.sleep(0.05)
             held = {p.name: json.loads(p.read_text())["runs"] for p in (tmp_path / "runs").glob("*.json")}
-            if "lora.json" in held or child.poll() is not None:
+            if "frozen.json" in held or child.poll() is not None:
                 break
     finally:
         if child.poll() is None:
             os.kill(child.pid, signal.SIGKILL)
         child.wait()
-    assert child.returncode == -signal.SIGKILL and held["lora.json"]
+    assert child.returncode == -signal.SIGKILL and held["frozen.json"]
     held = {p.name: json.loads(p.read_text())["runs"] for p in (tmp_path / "runs").glob("*.json")}
     assert main(command) == 0
     for name, runs in held.items():
