@@ -64,7 +64,6 @@ def test_the_best_rate_of_the_pilot_is_reported_and_its_seed_is_not(done):
         assert sorted(pilots) == [1e-4, 3e-2]
         best = min(pilots, key=pilots.__getitem__)
         assert [(r["seed"], r["rate"]) for r in runs if r["seed"] != PILOT] == [(0, best), (1, best)]
-    assert best == 3e-2  # loha's: one that moves nothing loses
     names = sorted(p.name for p in (out / "results").iterdir())
     assert names == sorted(f"{t}--seed-{k}.json" for t in ("frozen", "PEFT-lora", "lora", "loha") for k in (0, 1))
 
