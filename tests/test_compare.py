@@ -64,7 +64,6 @@ def test_the_best_rate_of_the_pilot_is_reported_and_its_seed_is_not(done):
         assert sorted(pilots) == [1e-4, 3e-2]
         best = min(pilots, key=pilots.__getitem__)
         assert [(r["seed"], r["rate"]) for r in runs if r["seed"] != PILOT] == [(0, best), (1, best)]
-    assert best == 3e-2  # loha's: one that moves nothing loses
     names = sorted(p.name for p in (out / "results").iterdir())
     assert names == sorted(f"{t}--seed-{k}.json" for t in ("frozen", "PEFT-lora", "lora", "loha") for k in (0, 1))
 
@@ -181,13 +180,13 @@ def test_a_kill_leaves_whole_files_and_the_same_command_continues(tiny, tmp_path
         for _ in range(1200):
             time.sleep(0.05)
             held = {p.name: json.loads(p.read_text())["runs"] for p in (tmp_path / "runs").glob("*.json")}
-            if "lora.json" in held or child.poll() is not None:
+            if "frozen.json" in held or child.poll() is not None:
                 break
     finally:
         if child.poll() is None:
             os.kill(child.pid, signal.SIGKILL)
         child.wait()
-    assert child.returncode == -signal.SIGKILL and held["lora.json"]
+    assert child.returncode == -signal.SIGKILL and held["frozen.json"]
     held = {p.name: json.loads(p.read_text())["runs"] for p in (tmp_path / "runs").glob("*.json")}
     assert main(command) == 0
     for name, runs in held.items():

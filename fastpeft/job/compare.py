@@ -13,6 +13,7 @@ import math
 import platform
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from fastpeft.job.settings import Settings
 
 GRID = (5e-4, 2e-3, 8e-3)
 PILOT_SEED = 100
+REPORT_EVERY = 600.0  # seconds
 # of a second frozen model to the first: further from one, and the machine is too busy for a time to mean anything
 NOISE = 0.1
 # what a call may choose anew, or what is no setting of the job: the rest of the settings makes runs comparable
@@ -83,21 +85,22 @@ class Comparison:
         plan.check()
         self.plan, self.store = plan, Store(Path(plan.base.output))
         self.todo = [e for e in plan.entries if e.left_out is None]
-        self.made, self._benches = 0, dict[bool, Bench]()
+        self._benches: dict[bool, Bench] = {}
         self.store.check(plan.identity)
 
     def train(self) -> Iterator[None]:
-        """Make the runs that the folder lacks, seed by seed, the pilots before the first; yields between two seeds if it made some."""
+        """Make the runs that the folder lacks, seed by seed, the pilots before the first; yields now and then, for a report of what there is."""
+        shown = time.monotonic()
         for seed in self.plan.base.seeds:
-            made = self.made
             for entry in self.todo:
                 for rate in self.plan.grid:
                     self._run(entry, rate, self.plan.pilot_seed)
-                rate = chosen_rate(self.store.record(entry.title), self.plan.pilot_seed)
-                if rate is not None:
-                    self._run(entry, rate, seed)
-            if self.made > made and seed != self.plan.base.seeds[-1]:
-                yield
+                best = chosen_rate(self.store.record(entry.title), self.plan.pilot_seed)
+                if best is not None:
+                    self._run(entry, best, seed)
+                if time.monotonic() - shown > REPORT_EVERY:
+                    yield
+                    shown = time.monotonic()
 
     def time(self, rounds: int) -> list[str]:
         """Time the steps of the entries that were not timed yet; returns the titles of those that a busy machine kept from it."""
@@ -146,7 +149,6 @@ class Comparison:
             traceback.print_exc()
             run |= {"error": f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0]}", "final": False}
         self.store.add(entry.title, facts, run)
-        self.made += 1
         gc.collect()  # a model and its hooks can be a cycle, and hundreds follow
         last = run.get("error") or f"loss {run['scores'][-1][0]:.4f}"
         print(f"{entry.title}, rate {rate:g}, seed {seed}: {last}", flush=True)
@@ -202,8 +204,10 @@ def chosen_rate(record: dict[str, Any], pilot_seed: int) -> float | None:
     return min(ends)[1] if ends else None
 
 
-def compare(plan: Plan, *, timings: bool = False, rounds: int = 15) -> list[dict[str, Any]]:
-    """Make what the folder lacks of the plan, then the report of all that it holds; returns its rows. timings: time steps instead of training.
+def compare(plan: Plan, *, timings: bool = False, rounds: int = 15, draw: bool = False) -> list[dict[str, Any]]:
+    """Make what the folder lacks of the plan, then the report of all that it holds; returns its rows.
+
+    timings: time steps instead of training.   draw: the report alone.
 
     Raises JobError for bad input, and with code 1, the report being written, for a recipe that went wrong.
     """
@@ -212,8 +216,8 @@ def compare(plan: Plan, *, timings: bool = False, rounds: int = 15) -> list[dict
 
     job = Comparison(plan)
     try:
-        busy = job.time(rounds) if timings else []
-        for _ in () if timings else job.train():
+        busy = job.time(rounds) if timings and not draw else []
+        for _ in () if timings or draw else job.train():
             write_report(job.store, gather(job.store, plan))
         rows = gather(job.store, plan)
         write_report(job.store, rows)

@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, help="default: every core that this process may use")
     add("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
     add("--dtype", choices=DTYPES, default=d.dtype, help="of the model's weights; default: %(default)s")
-    add("--timings", action="store_true", help="do not train: time a step of each recipe, and complete the report in --out")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--timings", action="store_true", help="do not train: time a step of each recipe, and complete the report in --out")
+    instead.add_argument("--draw", action="store_true", help="run nothing: make the report of what --out holds")
     add("--rounds", type=int, default=15, help="of --timings; default: %(default)s")
     add("--json", action="store_true", help="print the rows for machines; progress goes to stderr")
     add("--quick", action="store_true", help="one epoch, few built-in examples, two rates, one seed: does everything work?")
@@ -80,5 +82,5 @@ def run(arguments: argparse.Namespace) -> None:
         raise JobError("compare: --recipes names none; leave it out for all.")
     grid = tuple(arguments.grid or (QUICK_GRID if arguments.quick else GRID))
     with contextlib.redirect_stdout(sys.stderr) if arguments.json else contextlib.nullcontext():
-        rows = compare(Plan(settings, names, grid, arguments.pilot_seed), timings=arguments.timings, rounds=arguments.rounds)
+        rows = compare(Plan(settings, names, grid, arguments.pilot_seed), timings=arguments.timings, rounds=arguments.rounds, draw=arguments.draw)
     print(as_json(rows) if arguments.json else f"\n{as_text(rows)}\n\nreport: {settings.output}/report.md")
