@@ -41,8 +41,6 @@ class AFLoRA(Method):
     ):
         super().__init__()
         check_rank("aflora", rank, site)
-        if not isinstance(train_square, bool):
-            raise TypeError(f"aflora: train_square={train_square!r}; it must be a bool.")
         self.dropout = check_probability("aflora", "dropout", dropout)
         self.scale = 1.0 if alpha is None else check_finite("aflora", "alpha", alpha) / rank
         self.A, self.B = site.empty(rank, site.in_features), site.empty(site.out_features, rank)
