@@ -52,8 +52,8 @@ def _row(store: Store, entry: Entry | None, title: str, plan: Plan) -> dict[str,
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """Header first; an empty cell is what was not measured, or what the row does not have."""
-    return [HEADER, *(_cells(r) for r in rows if r["status"] != LEFT_OUT)]
+    """Header first, then the rows that were run; an empty cell is what was not measured, or what the row does not have."""
+    return [HEADER, *(_cells(r) for r in rows if r["status"] in (SUCCESS, FAILED))]
 
 
 def _cells(r: dict[str, Any]) -> list[str]:

@@ -28,9 +28,9 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def spread_out(places: Sequence[float], low: float, high: float) -> list[float]:
-    """Places for labels, as near to the wanted ones as their order and an equal least gap between them allow; all within low and high."""
+    """Places for labels, as near to the wanted ones as their order and an equal least gap between them allow (a 25th of the height, less with more labels); all within low and high."""
     n = len(places)
-    gap = (high - low) / max(1, n)
+    gap = (high - low) / max(25, n)
     order = sorted(range(n), key=lambda k: places[k])
     at = low
     wanted = [0.0] * n
@@ -97,7 +97,7 @@ def _scatter(axes: Any, rows: Sequence[dict[str, Any]], cost: Any) -> None:
         )  # fmt: skip
     axes.set_ylabel("accuracy, mean over the seeds")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, loc="lower left", frameon=False)
+    axes.legend(fontsize=8, loc="lower right", frameon=False)
 
 
 def draw_rates(rows: Sequence[dict[str, Any]], path: Path) -> None:
@@ -170,7 +170,7 @@ def draw_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     curves = [_mean(r) for r in rows]
     low, high = min(min(c) for c in curves), statistics.median(c[0] for c in curves)
     grid[0][0].set_ylim(low - 0.15 * (high - low), high + 0.25 * (high - low) + 1e-3)
-    figure.suptitle(f"Training loss (thin: each seed) and evaluation loss (dots); grey: {reference['title']}", fontsize=10)
+    figure.suptitle(f"Training loss (thin: each seed; penalties of the method included) and evaluation loss (dots); grey: {reference['title']}", fontsize=10)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("loss", fontsize=9)
     _save(figure, path)
