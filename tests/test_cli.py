@@ -209,6 +209,7 @@ def test_finetune_runs_any_recipe_alone(capsys, tmp_path, tiny):
     assert "fastpeft dora" in said.out and str(out) in said.out
 
 
+@pytest.mark.accept
 def test_bfloat16_model_with_the_carried_data(tmp_path, capsys, tiny):
     out = tmp_path / "out"
     code = main(
@@ -276,6 +277,7 @@ def test_interrupt_before_anything_was_saved(capsys, monkeypatch, tmp_path, tiny
     assert {p.name for p in tmp_path.iterdir()} == {"resume.state"}
 
 
+@pytest.mark.accept
 def test_resume_and_restart(capsys, monkeypatch, tmp_path, tiny):
     model, data = tiny
     base = [
@@ -316,6 +318,7 @@ def test_resume_and_restart(capsys, monkeypatch, tmp_path, tiny):
     assert not (tmp_path / "resume.state").exists()
 
 
+@pytest.mark.accept
 def test_procedures_of_the_method_and_of_the_user(tiny, tmp_path, monkeypatch):
     """What the report says was attached, and what reached the optimiser; options go to whoever has them."""
     from fastpeft.job import loop

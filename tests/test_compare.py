@@ -172,6 +172,7 @@ def test_what_goes_wrong_is_a_row(tiny, tmp_path, monkeypatch, capsys):
     assert {t for t, _ in calls} == {"loha"} and "planted" not in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.accept
 def test_a_kill_leaves_whole_files_and_the_same_command_continues(tiny, tmp_path):
     command = [*tiny, "--recipes", "lora", "--out", str(tmp_path)]
     child = subprocess.Popen([sys.executable, "-m", "fastpeft", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

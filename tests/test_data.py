@@ -64,6 +64,7 @@ def test_errors(texts, options, words):
         suggest_heads(texts, **options)
 
 
+@pytest.mark.accept
 def test_in_the_job(tmp_path, capsys):
     model, _ = tiny_model(tmp_path / "bert", "bert")
     draw = random.Random(0)

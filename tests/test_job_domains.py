@@ -109,6 +109,7 @@ def test_domains_follow_their_texts(settings, tmp_path):
     assert "domain" not in Examples([[1]], [0], 0).batch([0])
 
 
+@pytest.mark.accept
 def test_a_run_that_was_stopped_goes_on_to_the_bit(settings, tmp_path, monkeypatch):
     whole = finetune(replace(settings, epochs=2, compare=False))
     from fastpeft.job import loop
@@ -134,12 +135,14 @@ def test_experts_are_the_domains(settings, tmp_path):
             with_experts(replace(settings, options={"experts": experts}), names)
 
 
+@pytest.mark.accept
 def test_language_modelling_routes_by_the_whole_window(settings, tmp_path):
     model, _ = tiny_model(tmp_path, "gpt2")
     outcome = finetune(replace(settings, model=str(model), task="causal-lm", epochs=1, compare=False, max_length=8))
     assert 0 <= outcome.arm(FASTPEFT).scores[0][-1].routed <= 1 and outcome.metric == "perplexity"
 
 
+@pytest.mark.accept
 def test_trained_loras_as_experts(settings, tmp_path):
     """A run whose experts are folders, given in any order; its report says that they are in the order of the domains."""
     settings, _, _ = built(settings)

@@ -397,6 +397,7 @@ def test_stopped_and_resumed_it_is_the_same(tmp_path, settings, whole, place, nt
     assert changed(result_of(mine), whole) == []
 
 
+@pytest.mark.accept
 def test_a_run_stopped_again_and_again(tmp_path, settings, whole):
     """Each process does three steps of each arm and dies, now and then before its first save."""
     mine, deaths = at(settings, tmp_path), 0
