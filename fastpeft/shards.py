@@ -60,9 +60,11 @@ def gathered(model: nn.Module, record: Adaptation, who: str, *, write: bool = Fa
     shards = [place for place in found if _is_dtensor(place[2])]
     parts = [p for _, _, p in found if hasattr(p, "ds_id")]
     if parts:
-        with _deepspeed().GatheredParameters(parts, modifier_rank=0 if write else None):
-            yield write or torch.distributed.get_rank() == 0
-        torch.distributed.barrier()
+        try:
+            with _deepspeed().GatheredParameters(parts, modifier_rank=0 if write else None):
+                yield write or torch.distributed.get_rank() == 0
+        finally:  # an error of the first process must not leave the others waiting
+            torch.distributed.barrier()
     elif shards:
         yield from _as_whole(shards, write)
     else:

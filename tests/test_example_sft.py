@@ -101,6 +101,7 @@ def test_faster_and_smaller(method):
     assert found["loss"] <= LOSS
     assert found["peak_resident"][ours] < found["peak_resident"][stock]
     assert found["saved"][ours] <= found["saved"][stock]
+    assert found["speedup"][1] >= found["control"][0], "slower than stock against itself"
     if method in MISSED and found["speedup"][1] < SPEED_UP[method]:
         pytest.xfail(f"{method}: {found['speedup'][1]:.3f} times as fast, {SPEED_UP[method]} are asked for\n{compare_sft.show(found)}")
     assert found["speedup"][1] >= SPEED_UP[method] and found["speedup"][1] > found["control"][2], compare_sft.show(found)

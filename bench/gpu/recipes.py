@@ -8,12 +8,10 @@ norms. TF32 is off, as by default. What is compared with fp64 is built on the CP
 from __future__ import annotations
 
 import copy
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +21,7 @@ from bench.gpu.common import Row, Run, Task
 from bench.gpu.correctness import table
 from bench.machine import name_of
 from fastpeft.method.rosa import RoSA
+from fastpeft.ops.family import implementation
 from fastpeft.registry import Method, every_recipe, get_recipe
 
 __all__ = ["table", "tasks"]
@@ -166,10 +165,6 @@ def data(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return x, dy
 
 
-def using(impl: str) -> Any:
-    return mock.patch.dict(os.environ, FASTPEFT_IMPL=impl)
-
-
 def outcome(model: Any, x: Tensor, dy: Tensor, call: Any = None) -> dict[str, Tensor]:
     """y, dx and the gradient of every trainable parameter, in fp64 on the CPU; zeros where there is none."""
     own = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -226,14 +221,14 @@ def layer_tasks(run: Run) -> Iterator[Task]:
 def _layers(run: Run, spec: Spec, dtype: torch.dtype, impl: str) -> Row:
     model, (x, dy) = adapted(spec, dtype), data(dtype)
     truth, plain = known(model, x, dy)
-    with using(impl):
+    with implementation(impl):
         got = outcome(placed(model, run.device), x, dy)
     return judged(got, truth, plain, roundings(dtype, 2 * BLOCKS))
 
 
 def known(model: Any, x: Tensor, dy: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """fp64 and the model's own dtypes, on the CPU."""
-    with using("torch"):
+    with implementation("torch"):
         return outcome(placed(model, "cpu", torch.float64), x, dy), outcome(placed(model, "cpu"), x, dy)
 
 
@@ -300,7 +295,7 @@ def _compiled(run: Run, spec: Spec) -> Row:
     dtype = torch.float32
     model, (x, dy) = adapted(spec, dtype, blocks=1), data(dtype)
     truth, plain = known(model, x, dy)
-    with using("triton"):
+    with implementation("triton"):
         there = placed(model, run.device)
         compiled = torch.compile(there, fullgraph=True, backend="aot_eager" if run.dry else "inductor")
         return judged(outcome(there, x, dy, compiled), truth, plain, roundings(dtype, 2))

@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fastpeft
 from bench.gpu.common import Row, Run, Task
-from bench.gpu.recipes import attached, judged, placed, roundings, using
+from bench.gpu.recipes import attached, judged, placed, roundings
 from bench.machine import name_of
+from fastpeft.ops.family import implementation
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "hydralora": ("hydralora", {"rank": 2, "alpha": 2, "heads": 3}),
@@ -73,7 +74,7 @@ def _gradients(run: Run, name: str, dtype: torch.dtype) -> Row:
     def outcome(m: Any, device: str, impl: str) -> dict[str, Tensor]:
         ids, mask = (t.to(device) for t in prompts())
         own = {n: p for n, p in m.named_parameters() if p.requires_grad}
-        with using(impl):
+        with implementation(impl):
             out = m.train()(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100))
             grads = torch.autograd.grad(out.loss, list(own.values()), allow_unused=True)
         found = {"logits": out.logits[mask == 1].detach()}
@@ -108,7 +109,7 @@ def _generates(run: Run, name: str, cache: bool) -> Row:
 
 
 def _generate(model: Any, ids: Tensor, mask: Tensor, cache: bool, impl: str, new: int) -> tuple[Tensor, list[Tensor]]:
-    with using(impl):
+    with implementation(impl):
         out = model.eval().generate(
             ids, attention_mask=mask, use_cache=cache, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=1,
             return_dict_in_generate=True, output_logits=True,

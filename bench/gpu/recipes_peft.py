@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import fastpeft
 from bench.gpu.common import Row, Run, Task
-from bench.gpu.recipes import Mlp, data, judged, roundings, using
+from bench.gpu.recipes import Mlp, data, judged, roundings
 from bench.machine import name_of
+from fastpeft.ops.family import implementation
 
 NAMES = ["up", "down"]
 # family -> its config; LoHa's scale is one that fp32 holds, to which PEFT rounds it
@@ -92,7 +93,7 @@ def _family(run: Run, family: str, kind: tuple[torch.dtype, torch.dtype, torch.d
     fastpeft.accelerate(ours)
     fastpeft.reset_calls()
     plain = outcome(theirs, run.device, x, dy, autocast)
-    with using("triton"):
+    with implementation("triton"):
         got = outcome(ours, run.device, x, dy, autocast)
     row = judged(got, truth, plain, roundings(low, 2))
     fused, left = sum(fastpeft.fused_calls().values()), fastpeft.peft_calls()
@@ -113,7 +114,7 @@ def _scaled(run: Run, fused: bool) -> Row:
         own = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(own, lr=0.01, eps=1e-3, fused=fused)
         scaler = torch.amp.GradScaler(torch.device(run.device).type, init_scale=1024.0)
-        with using("triton" if ours else "torch"):
+        with implementation("triton" if ours else "torch"):
             for factor in (1.0, float("inf"), 1.0):
                 with torch.autocast(torch.device(run.device).type, dtype=torch.float16):
                     loss = (model(x) * dy).mean() * factor

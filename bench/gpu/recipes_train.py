@@ -17,8 +17,9 @@ from torch import Tensor
 import fastpeft
 from bench.gpu import recipes
 from bench.gpu.common import Row, Run, Task
-from bench.gpu.recipes import WIDTH, Net, Spec, adapted, placed, using
+from bench.gpu.recipes import WIDTH, Net, Spec, adapted, placed
 from fastpeft import train
+from fastpeft.ops.family import implementation
 
 SHARE, STEPS = 1e-3, 4
 # of a posterior and a start; both are made in fp64 or by an SVD in fp32
@@ -105,7 +106,7 @@ def trained(model: Any, course: Course, device: str, impl: str) -> dict[str, Ten
     procedures = course.procedures()
     decay = {} if course.optimizer is torch.optim.SGD else {"eps": 1e-3, "weight_decay": 0.1}
     optimizer = train.build_optimizer(model, procedures, course.optimizer, lr=0.05, **decay)
-    with using(impl), train.attach(model, optimizer, procedures, accumulation=2, total_steps=STEPS) as runner:
+    with implementation(impl), train.attach(model, optimizer, procedures, accumulation=2, total_steps=STEPS) as runner:
         for k in range(STEPS):
             for micro in range(2):
                 given = {n: t.to(device) for n, t in batch(2 * k + micro).items()}
@@ -159,7 +160,7 @@ def _routers(run: Run) -> Row:
             part.__dict__.pop("attached", None)
         procedures = [train.MoARouting(1.0)]
         optimizer = train.build_optimizer(m, procedures, torch.optim.SGD, lr=0.05)
-        with using(impl), train.attach(m, optimizer, procedures) as runner:
+        with implementation(impl), train.attach(m, optimizer, procedures) as runner:
             for k in range(STEPS):
                 given = {n: t.to(device) for n, t in batch(k).items()}
                 m(**given, domain=torch.tensor([0, 1, 2, k % 3], device=device))["loss"].backward()
@@ -191,7 +192,7 @@ def _start(run: Run, spec: Spec) -> Row:
         device = run.device if place == "device" else "cpu"
         torch.manual_seed(1)
         model, x = spread(Net()).to(device), recipes.data(torch.float32)[0].to(device)
-        with torch.no_grad(), using("triton" if place == "device" else "torch"):
+        with torch.no_grad(), implementation("triton" if place == "device" else "torch"):
             before = model(x)
             fastpeft.adapt(model, spec.method, **recipes.options_of(spec))
             if spec.method in ("random_masking", "lotr", "superlora", "lora"):
@@ -254,7 +255,7 @@ def _laplace(run: Run) -> Row:
     # n_kfac and large: one run with whole sides, one by their largest eigenvalues
     for large in (512, 32):
         for device, impl in (("cpu", "torch"), (run.device, "triton")):
-            with using(impl):
+            with implementation(impl):
                 posterior = laplace.fit(placed(model, device).eval(), batches, n_kfac=10, large=large)
                 posterior.tune(steps=5)
                 new = (batch(9)["x"],)
