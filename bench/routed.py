@@ -8,7 +8,7 @@ bench/results/routed.jsonl with accuracy per domain and on all held-out texts (t
   frozen; one LoRA per domain ("expert ..."), judged everywhere; weight averaging of the three; MoA over them (routers alone train);
   PHATGOOSE over them (a gate each, trained on its own domain, then routing with k = 1, 2, 3);
   one LoRA on the mixture of the same rank;
-  HydraLoRA on the mixture, and a LoRA of at least as many numbers.
+  HydraLoRA on the mixture at two sizes, and a LoRA of at least as many numbers beside each.
 
 Every text is seen equally often by every LoRA and HydraLoRA that learns from it; routers and gates have epochs of their own. --pilot: the mixture's arms with each of LRS on seed 100, which
 is not reported; each has its best rate there in all other runs (the experts that of LoRA 8). A run that the file holds is not made again.
@@ -44,6 +44,9 @@ MIXTURE: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA 8": ("lora", {"rank": RANK, "alpha": 2 * RANK}),
     "LoRA 6": ("lora", {"rank": 6, "alpha": 12}),
     "HydraLoRA 2x3": ("hydralora", {"rank": 2, "alpha": 4, "heads": 3}),
+    # the published rank and number of heads
+    "LoRA 19": ("lora", {"rank": 19, "alpha": 38}),
+    "HydraLoRA 8x3": ("hydralora", {"rank": 8, "alpha": 16, "heads": 3}),
 }
 def mixture(bench: Bench, title: str, lr: float, seed: int, start: Any) -> None:
     """One arm that learns from the mixture."""

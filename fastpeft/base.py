@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from fastpeft.ops.gain import scale_columns, scale_rows
 from fastpeft.ops.rownorm import row_gain, row_sq_norm
-from fastpeft.ops.slabs import once, row_blocks
+from fastpeft.ops.slabs import fewer, once, row_blocks
 from fastpeft.ops.sparse import scatter
 from fastpeft.ops.workspace import workspace
 
@@ -128,7 +128,7 @@ class Plain(Base):
         W = self.W
         if gain is None:
             return torch.mm(dz, _cast(W, dz.dtype))
-        if dz.shape[0] > self.in_features:
+        if fewer(self.in_features, dz.shape[0]):
             return torch.mm(dz, scale_columns(W, gain, dz.dtype))
         if dz.shape[0] <= GEMM_ROWS or torch.compiler.is_compiling():
             return torch.mm(scale_rows(dz, gain), _cast(W, dz.dtype))
@@ -144,9 +144,9 @@ class Plain(Base):
         """
         if gain is None:
             dx.addmm_(dz, _cast(self.W, dz.dtype))
-        elif dz.shape[0] > self.in_features:
+        elif fewer(self.in_features, dz.shape[0]):
             dx.addmm_(dz, scale_columns(self.W, gain, dz.dtype))
-        elif dz.shape[0] <= GEMM_ROWS:
+        elif fewer(dz.shape[0], GEMM_ROWS + 1):
             dx.addmm_(scale_rows(dz, gain), _cast(self.W, dz.dtype))
         else:
             for s in row_blocks(dz.shape[0], GEMM_ROWS):

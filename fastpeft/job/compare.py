@@ -35,7 +35,7 @@ from fastpeft.job.outcome import versions
 from fastpeft.job.recipes import BESIDE, Entry, entries
 from fastpeft.job.settings import Settings
 
-GRID = (5e-4, 2e-3, 8e-3)
+GRID = (5e-4, 2e-3, 8e-3, 3.2e-2)
 PILOT_SEED = 100
 REPORT_EVERY = 600.0  # seconds
 # of a second frozen model to the first: further from one, and the machine is too busy for a time to mean anything

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops import lowrank_cpu as cpu
-from fastpeft.ops.slabs import SLAB_BYTES, slabs_of
+from fastpeft.ops.slabs import SLAB_BYTES, fewer, slabs_of
 
 
 def scale_rows(z: Tensor, g: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -42,7 +42,7 @@ def add_scaled_rows_(y: Tensor, z: Tensor, g: Tensor) -> None:
 def grad_gain(dy: Tensor, z: Tensor, dtype: torch.dtype) -> Tensor:
     """dg = sum over tokens of dy * z, [o] in `dtype`; summed in fp32 at least, no [t, o] temporary."""
     wide = torch.promote_types(dtype, torch.float32)
-    if dy.dtype is z.dtype is wide and dy.numel() * wide.itemsize <= SLAB_BYTES:
+    if dy.dtype is z.dtype is wide and fewer(dy.numel() * wide.itemsize, SLAB_BYTES + 1):
         return (dy * z).sum(0).to(dtype)
     total = dy.new_zeros(dy.shape[1], dtype=wide)
     for s in slabs_of(dy, wide.itemsize):

@@ -30,7 +30,7 @@ def base_first(dz: Tensor) -> bool:
 
 def down(x: Tensor, A: Tensor, dtype: torch.dtype, *, seed: Tensor | None, p: float, blocks: int) -> Tensor:
     """u = drop(x) A^T, [t, R] in `dtype`; x [t, i] may have another dtype (autocast), A is cast to `dtype`."""
-    if (p or x.numel() >= cpu.SMALL) and cpu.runs(x, 0) and dtype in cpu.DTYPES:
+    if cpu.runs(x, 0 if p else None) and dtype in cpu.DTYPES:
         return cpu.read(x, A, dtype, seed=seed, p=p)[0]
     a = _cast(A, dtype)
     if p == 0.0 and x.dtype is dtype:
@@ -45,7 +45,7 @@ def down(x: Tensor, A: Tensor, dtype: torch.dtype, *, seed: Tensor | None, p: fl
 
 def up(v: Tensor, B: Tensor, scale: float, blocks: int, bias: Tensor | None) -> Tensor:
     """A fresh z = scale * v B^T + bias, [t, o] in v's dtype; B and bias [o] are cast to it."""
-    if v.shape[0] * B.shape[-2] * blocks >= cpu.SMALL and cpu.runs(v, 0):
+    if cpu.runs(v, 0) and v.shape[0] * B.shape[-2] * blocks >= cpu.SMALL:
         return cpu.fresh(v, B, up=True, scale=scale, bias=bias)
     if blocks == 1:
         b = _cast(B, v.dtype).t()
@@ -124,7 +124,7 @@ def _du_db_cpu(dz, z, v, B, scale, blocks, gain, need_du, need_db) -> tuple[Tens
 
 def du(dz: Tensor, B: Tensor, scale: float, blocks: int) -> Tensor:
     """du = scale * dz B, [t, R] in dz's dtype."""
-    if dz.numel() >= cpu.SMALL and cpu.runs(dz, 0):
+    if cpu.runs(dz):
         return cpu.read(dz, B, dz.dtype, up=True, scale=scale)[0]
     b = _cast(B, dz.dtype)
     if blocks == 1:
@@ -170,7 +170,7 @@ def dx_add(dx: Tensor, du: Tensor, A: Tensor, *, seed: Tensor | None, p: float, 
 
 def da(x: Tensor, du: Tensor, A: Tensor, *, seed: Tensor | None, p: float, blocks: int) -> Tensor:
     """dA = du^T drop(x), of A's shape and dtype."""
-    if (p or blocks > 1 or x.numel() >= cpu.SMALL) and cpu.runs(x, 0) and du.dtype in cpu.DTYPES:
+    if cpu.runs(x, 0 if p or blocks > 1 else None) and du.dtype in cpu.DTYPES:
         return _cast(cpu.read(x, A, du.dtype, need_u=False, w=du, seed=seed, p=p)[1], A.dtype)
     if p == 0.0:
         return _da(x, du, A, blocks)

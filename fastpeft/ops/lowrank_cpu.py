@@ -26,24 +26,26 @@ SMALL = 1 << 15
 
 def runs(x: Tensor, numbers: int | None = None) -> bool:
     """Whether the C++ products take x [rows, cols]: on the CPU, of rows of stride one, at least `numbers` large, not traced."""
-    if not _BUILT or x.numel() < (SMALL if numbers is None else numbers) or x.device.type != "cpu":
+    # (first: a graph must not be for one side of the threshold)
+    if not _BUILT or torch.compiler.is_compiling() or x.numel() < (SMALL if numbers is None else numbers):
         return False
-    if x.dtype not in DTYPES or x.stride(1) != 1:
+    if x.device.type != "cpu" or x.dtype not in DTYPES or x.stride(1) != 1:
         return False
-    return not torch.compiler.is_compiling() and backend() != "torch"
+    return backend() != "torch"
 
 
 def writes(u: Tensor, cols: int, blocks: int, p: float, z: Tensor | None = None) -> bool:
     """Whether they write [t, cols] of u's dtype, fresh or onto z: with a mask or blocks; else BLAS is as quick."""
-    if (blocks == 1 and p == 0.0) or u.shape[0] * cols < SMALL or not runs(u, 0):
+    if (blocks == 1 and p == 0.0) or not runs(u, 0) or u.shape[0] * cols < SMALL:
         return False
     return z is None or (z.dtype is u.dtype and z.stride(1) == 1)
 
 
 def gains(z: Tensor, v: Tensor, blocks: int) -> bool:
     """Whether they write z and gain * z in one pass: with blocks, in bfloat16 where it is multiplied, or little of it."""
-    quick = blocks > 1 or z.numel() < SMALL or (_BF16 and z.dtype is torch.bfloat16)
-    return quick and v.dtype is z.dtype and runs(z, 0)
+    if v.dtype is not z.dtype or not runs(z, 0):
+        return False
+    return blocks > 1 or z.numel() < SMALL or (_BF16 and z.dtype is torch.bfloat16)
 
 
 def read(

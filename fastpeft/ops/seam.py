@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.ops import lowrank, steps
-from fastpeft.ops.slabs import once
+from fastpeft.ops.slabs import fewer, once
 from fastpeft.ops.steps import Plan, flat, read_back, sum_rows, write, write_back
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -76,7 +76,7 @@ class One(torch.autograd.Function):
         if gain is not None:
             z = base.forward(x2)
             y = ops.up_add_gain(z, u, B, scale, blocks, gain, bias)
-        elif x2.shape[0] * base.out_features < steps.ONE_PASS:
+        elif fewer(x2.shape[0] * base.out_features, steps.ONE_PASS):
             y = base.forward(x2, bias)
             ops.up_add(y, u, B, scale, blocks)
         else:

@@ -35,6 +35,11 @@ def row_blocks(rows: int, step: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
+def fewer(numbers: int, limit: int) -> bool:
+    """numbers < limit; False while torch.compile traces: asking would make a graph for either side."""
+    return not torch.compiler.is_compiling() and numbers < limit
+
+
 def once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A Function's backward that refuses to be differentiated, and that autocast leaves alone.
 

@@ -25,7 +25,7 @@ def takes(x: Tensor, W: Tensor | None, A: Tensor, B: Tensor, bias: Tensor | None
     Not where a factor or the gain is frozen while the others train: Small would keep what nobody reads. W is None where the
     base is stored in another form.
     """
-    if W is None or x.numel() * W.shape[0] > LARGEST or not cpu.runs(W, 1) or x.dim() < 2 or x.numel() == 0:
+    if W is None or not cpu.runs(W, 1) or x.numel() * W.shape[0] > LARGEST or x.dim() < 2 or x.numel() == 0:
         return False
     tensors = [t for t in (x, W, A, B, bias, gain) if t is not None]
     if torch.is_grad_enabled() and not (A.requires_grad and B.requires_grad and (gain is None or gain.requires_grad)):

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastpeft.ops import gain as gain_ops
 from fastpeft.ops.dropout import dropout, dropout_add_
 from fastpeft.ops.parts import Part, changed, split
+from fastpeft.ops.slabs import fewer
 
 # numbers of y from which reading it twice costs more than the vendor's product saves by adding the bias itself
 ONE_PASS = 1 << 15
@@ -122,7 +123,7 @@ def _sum(
     y: Tensor | None = None
     # (Dynamo cannot take `not` of a tuple)
     base_first = len(vs) + len(own) == 0
-    if x2.shape[0] * plan.base.out_features < ONE_PASS:
+    if fewer(x2.shape[0] * plan.base.out_features, ONE_PASS):
         base_first = True
     if base_first:
         with changed(plan.base, shares) as base:
