@@ -44,7 +44,7 @@ runs them again and fails where this page says otherwise. Every figure is held a
 
 {columns}
 
-A method with a training procedure runs here as if one were attached; procedures under FSDP2 were not tried. `hydralora` merges and
+A method with a training procedure runs here as if one were attached; FSDP2 refuses the procedure itself (`attach` says so). `hydralora` merges and
 exports with `heads=1`, `moa` with one expert fixed, `loda` never. No cell says anything about a GPU.
 """
 

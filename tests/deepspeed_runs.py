@@ -74,6 +74,10 @@ def under_deepspeed(case, stage, folder, rank):
         fastpeft.save_adapter(model, folder)
     seen["loaded"] = again(model, folder) if stage == 3 else None
     seen["engine"] = type(outside).__name__
+    try:
+        fastpeft.train.attach(outside, torch.optim.SGD(model.parameters()), [fastpeft.train.DyLoRASampling()])
+    except ValueError as error:
+        seen["attach"] = str(error)
     return seen
 
 

@@ -59,6 +59,7 @@ def test_losses_are_those_of_the_joined_batch(stage, case, ranks):
     for rank in seen:
         got = rank[stage, case]
         assert got["engine"] == "DeepSpeedEngine"
+        assert "DeepSpeed keeps gradients and parameters to itself" in got["attach"]
         assert_as_good(got["losses"], truth, plain, f"losses of {case} under ZeRO-{stage}")
         with pytest.raises(AssertionError, match="error"):
             assert_as_good(alone, truth, plain)

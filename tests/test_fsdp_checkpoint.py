@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import fastpeft
-from fastpeft import shards
+from fastpeft import shards, train
 from fastpeft.folder import read_folder
 
 # shared factors, entries at an index, parameters composed for PEFT's file, biases and a whole module
@@ -101,12 +101,15 @@ def refused(folder):
     sharded, whole_ones = adapted("lora, biases and a head"), Tower()
     wrapped(sharded, "layers"), wrapped(whole_ones, "layers")
     fastpeft.save_adapter(sharded, folder)
+    own = torch.optim.AdamW(trains(sharded).values())
+    train.attach(sharded, own, [])  # nothing that would see shards
     calls = {
         "adapt": lambda: fastpeft.adapt(whole_ones, "lora"),
         "load_adapter": lambda: fastpeft.load_adapter(whole_ones, folder),
         "merge": lambda: fastpeft.merge(sharded),
         "unload": lambda: fastpeft.unload(sharded),
         "adapters_off": lambda: fastpeft.adapters_off(sharded).__enter__(),
+        "attach": lambda: train.attach(sharded, own, [train.DyLoRASampling()]),
     }
     errors = {}
     for name, call in calls.items():
@@ -210,3 +213,4 @@ def test_what_shards_do_not_allow_is_said(quick):
         for name in ("merge", "unload"):
             assert errors[name].startswith(name) and "load_adapter into a whole model first" in errors[name]
         assert "cannot stand in for shards" in errors["adapters_off"]
+        assert "lies in shards" in errors["attach"] and "procedures read and change whole ones" in errors["attach"]

@@ -23,7 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpeft.outputs import tensors
+from fastpeft.shards import refuse_sharded
 from fastpeft.train.protocol import Batch, Context, Procedure
+
+
+_WHOLE = "procedures read and change whole ones. Train this recipe under DDP, or without its procedure where it has a meaning without."
 
 
 def attach(
@@ -39,9 +43,11 @@ def attach(
     optimizer: torch's, or a wrapper with the inner one as `.optimizer`.
     accumulation: how many backwards make a step.
     total_steps: how many steps the run will take in all, for procedures with a schedule over it.
-    Raises TypeError / ValueError on other things.
+    Raises TypeError / ValueError on other things; ValueError under FSDP2, FSDP and DeepSpeed, where a procedure would see parts.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
+    if any(type(o).__module__.partition(".")[0] == "deepspeed" for o in (model, optimizer, inner)):
+        raise ValueError(f"attach: DeepSpeed keeps gradients and parameters to itself; {_WHOLE}")
     if not isinstance(inner, Optimizer):
         raise TypeError(f"attach: optimizer is {type(optimizer).__name__}; it must be a torch.optim.Optimizer.")
     for p in procedures:
@@ -54,6 +60,8 @@ def attach(
         raise ValueError(f"attach: accumulation={accumulation!r}; it must be an int of at least 1, the backwards in a step.")
     if total_steps is not None and (not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1):
         raise ValueError(f"attach: total_steps={total_steps!r}; it must be an int of at least 1, the steps of the whole run, or None.")
+    if procedures:
+        refuse_sharded(model, "attach", _WHOLE)
     return Runner(Context(model, inner, accumulation, total_steps=total_steps), list(procedures))
 
 
