@@ -49,8 +49,9 @@ def step(run, model, x):
 
 
 def cases():
+    """fp32 takes the C++ products where it is not traced, fp64 is exact; test_methods_in_models.py has every method in fp64."""
     for case in ALL:
-        for dtype in (F32, F64):
+        for dtype in (F32, F64) if case in FIRST else (F32,):
             quick = case in FIRST and dtype is F32
             yield pytest.param(case, dtype, marks=[] if quick else pytest.mark.accept, id=f"{case}-{str(dtype).removeprefix('torch.')}")
 
@@ -62,7 +63,7 @@ def test_two_graphs(case, dtype):
 
 
 @pytest.mark.accept
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize("case", FIRST[:2])
 def test_a_size_of_one_is_as_in_a_frozen_model(case):
     frozen = Tower(F32)
     assert counted(adapted(case, F32), SHAPES + ONES) == counted(frozen, SHAPES + ONES)

@@ -26,7 +26,6 @@ from fastpeft.outputs import tensors
 from fastpeft.shards import refuse_sharded
 from fastpeft.train.protocol import Batch, Context, Procedure
 
-
 _WHOLE = "procedures read and change whole ones. Train this recipe under DDP, or without its procedure where it has a meaning without."
 
 
