@@ -28,7 +28,9 @@ LEFT_OUT = {
 NOTES = {
     "bilora": "learns in two levels: the examples of the upper one are held out of the training data",
     "laplace": "trained, it is `lora`; its posterior is fitted afterwards (`fastpeft laplace`) and moves no accuracy",
-    "moa": "begins fresh experts and trains their routers on the domains of the texts, which no other recipe is told",
+    "moa": "begins fresh experts and trains their routers on the domains of the texts, which no other recipe is told; each class is of one "
+    "domain here, so in training the domain gives most of the answer away, and a text that is then sent to another expert is lost; "
+    "`python -m bench.routed` has domains that share their classes",
     "o_lora": "has one task here, so there are no earlier adapters to be orthogonal to (`fastpeft sequence` has several)",
     "galore": "trains the model's own weights; there is no adapter to save, the file holds what changed",
     "lisa": "trains the model's own weights; there is no adapter to save, the file holds what changed",
