@@ -56,7 +56,7 @@ def cases():
             yield pytest.param(case, dtype, marks=[] if quick else pytest.mark.accept, id=f"{case}-{str(dtype).removeprefix('torch.')}")
 
 
-@pytest.mark.parametrize(("case", "dtype"), cases())
+@pytest.mark.parametrize(("case", "dtype"), list(cases()))
 def test_two_graphs(case, dtype):
     seen = counted(adapted(case, dtype), SHAPES)
     assert seen[-1] - HOOKS.get(case, 0) <= 2, f"graphs after {SHAPES}: {seen}"
