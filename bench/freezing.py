@@ -6,7 +6,8 @@ average over the steps, and never frozen. train_square is off, as in that code: 
 linears, whose sides differ; those of the attention's square ones are frozen in every arm. Texts are cut at 24 tokens, half of the
 job's own length, for time. --epochs: 3, or longer; runs of another length are other runs, in a table and a plot of their own.
 
-Each arm is trained with both rates at the first seed, and with the one of lower evaluation loss at the others. One line per run to
+Each arm is trained with all rates at the first seed, and with those of lowest evaluation loss at the others. The new head has the job's
+rate; with --high-head it has the adapter's or a higher one, as in the authors' runs, and the rows are others again. One line per run to
 bench/results/freezing.jsonl; a run that the file holds is not made again.
 """
 
@@ -31,14 +32,18 @@ FILE = RESULTS / "freezing.jsonl"
 RANK = 4  # the authors'
 START, TAIL = 0.05, 0.7  # one epoch and fourteen of twenty, at any length
 LENGTH, EPOCHS = 24, 3
-RATES = (1e-2, 3e-2)  # the published one, and a higher one, for this run is short
+# of the adapter and of the new head. The adapter's: the published one, and a higher one, for this run is short
+RATES = ((1e-2, 2e-3), (3e-2, 2e-3))
+# the authors' classifier has 2e-2 to 8e-2 beside an adapter's 1e-2
+HIGH_HEAD = ((1e-2, 1e-2), (3e-2, 3e-2), (1e-2, 3e-2))
+Rates = tuple[tuple[float, float], ...]
 ARMS = ADAPTIVE, FROZEN, FREE, EQUAL = "AFLoRA", "always frozen", "never frozen", "always frozen, equal numbers"
 
 
-def run(bench: Bench, title: str, rank: int, lr: float, seed: int) -> None:
+def run(bench: Bench, title: str, rank: int, lr: float, head: float, seed: int) -> None:
     options = {"rank": rank}
     schedule = {"start": START, "tail": TAIL, "deltaT": 5}
-    fields = {"method": "aflora", "options": options, "procedure_options": schedule, "adapter_lr": lr, "seeds": (seed,)}
+    fields = {"method": "aflora", "options": options, "procedure_options": schedule, "adapter_lr": lr, "lr": head, "seeds": (seed,)}
     settings = Settings(**(bench.base.as_dict() | fields))
     arm = bench.arm(FASTPEFT, settings, seed)
     if title != ADAPTIVE:
@@ -50,7 +55,7 @@ def run(bench: Bench, title: str, rank: int, lr: float, seed: int) -> None:
     begins = sum(p.numel() for n, p in arm.model.named_parameters() if p.requires_grad and is_own(n))
     t = trainee(arm, settings)
     train([t], bench.data, bench.held, settings, seed=seed)
-    row = {"bench": "freezing", "kind": "run", "title": title, "options": options, "lr": lr, "seed": seed, "epochs": settings.epochs, "steps": len(t.losses)}
+    row = {"bench": "freezing", "kind": "run", "title": title, "options": options, "lr": lr, "head_lr": head, "seed": seed, "epochs": settings.epochs, "steps": len(t.losses)}
     row |= {"procedure": schedule if title == ADAPTIVE else {}, "numbers": numbers(t, begins, sizes)}
     row |= {"accuracies": [s.accuracy for s in t.scores], "losses": [s.loss for s in t.scores]}
     row |= {"history": t.histories["freezing"].changes if title == ADAPTIVE else None, "examples": len(bench.held)}
@@ -78,7 +83,7 @@ def numbers(t: Trainee, begins: int, sizes: dict[str, int]) -> dict[str, float]:
 
 def equal_rank(bench: Bench) -> int:
     """The rank at which the vectors alone have as many numbers as AFLoRA trained on average: d has one per rank and layer."""
-    rows = [r for r in read(bench.base.epochs) if r["title"] == ADAPTIVE]
+    rows = [r for r in read(bench.base.epochs, RATES + HIGH_HEAD) if r["title"] == ADAPTIVE]
     if not rows:
         if bench.base.quick:
             return 8  # it keeps no rows; any rank shows that it runs
@@ -88,43 +93,47 @@ def equal_rank(bench: Bench) -> int:
     return round((statistics.fmean(r["numbers"]["mean"] for r in rows) - sum(m.db.numel() for m in layers)) / len(layers))
 
 
-def read(epochs: int) -> list[dict[str, Any]]:
-    return [r for r in read_rows(FILE) if r["epochs"] == epochs]
+def rates_of(row: dict[str, Any]) -> tuple[float, float]:
+    return row["lr"], row.get("head_lr", RATES[0][1])  # the oldest rows do not name the head's
 
 
-def best_rate(title: str, epochs: int) -> float:
-    """That of the lower loss at the end among the first seed's."""
-    rows = [r for r in read(epochs) if r["title"] == title]
+def read(epochs: int, rates: Rates) -> list[dict[str, Any]]:
+    return [r for r in read_rows(FILE) if r["epochs"] == epochs and rates_of(r) in rates]
+
+
+def best_rates(title: str, epochs: int, rates: Rates) -> tuple[float, float]:
+    """Those of the lowest loss at the end among the first seed's."""
+    rows = [r for r in read(epochs, rates) if r["title"] == title]
     first = [r for r in rows if r["seed"] == rows[0]["seed"]]
-    return min(first, key=lambda r: r["losses"][-1])["lr"]
+    return rates_of(min(first, key=lambda r: r["losses"][-1]))
 
 
-def train_all(bench: Bench, seeds: list[int], arms: list[str]) -> None:
+def train_all(bench: Bench, seeds: list[int], arms: list[str], rates: Rates) -> None:
     epochs = bench.base.epochs
     for k, seed in enumerate(seeds):
         for title in arms:
             rank = RANK
             if title == EQUAL:
-                held = [r["options"]["rank"] for r in read(epochs) if r["title"] == EQUAL]
+                held = [r["options"]["rank"] for r in read(epochs, RATES + HIGH_HEAD) if r["title"] == EQUAL]
                 rank = held[0] if held else equal_rank(bench)
-            for lr in RATES if k == 0 or bench.base.quick else [best_rate(title, epochs)]:
-                if bench.base.quick or (title, lr, seed) not in {(r["title"], r["lr"], r["seed"]) for r in read(epochs)}:
-                    run(bench, title, rank, lr, seed)
+            for both in rates if k == 0 or bench.base.quick else [best_rates(title, epochs, rates)]:
+                if bench.base.quick or (title, both, seed) not in {(r["title"], rates_of(r), r["seed"]) for r in read(epochs, rates)}:
+                    run(bench, title, rank, *both, seed)
 
 
-def chosen(epochs: int) -> dict[str, list[dict[str, Any]]]:
-    """Title -> the rows of its best rate, one per seed."""
-    titles = dict.fromkeys(r["title"] for r in read(epochs))
-    return {t: [r for r in read(epochs) if r["title"] == t and r["lr"] == best_rate(t, epochs)] for t in titles}
+def chosen(epochs: int, rates: Rates) -> dict[str, list[dict[str, Any]]]:
+    """Title -> the rows of its best rates, one per seed."""
+    titles = dict.fromkeys(r["title"] for r in read(epochs, rates))
+    return {t: [r for r in read(epochs, rates) if r["title"] == t and rates_of(r) == best_rates(t, epochs, rates)] for t in titles}
 
 
-def table(epochs: int) -> str:
-    lines = ["| arm | rank | rate (the other's loss) | trains at first | in the last step | mean over the steps | loss | accuracy | per seed |"]
+def table(epochs: int, rates: Rates) -> str:
+    lines = ["| arm | rank | rates of adapter, head (the others' loss) | trains at first | in the last step | mean over the steps | loss | accuracy | per seed |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    for title, rows in chosen(epochs).items():
+    for title, rows in chosen(epochs, rates).items():
         r, n = rows[0], {k: statistics.fmean(q["numbers"][k] for q in rows) for k in ("first", "last", "mean")}
-        other = [q["losses"][-1] for q in read(epochs) if q["title"] == title and q["lr"] != r["lr"]]
-        rate = f"{r['lr']:g} ({', '.join(f'{v:.3f}' for v in other)})"
+        other = [q["losses"][-1] for q in read(epochs, rates) if q["title"] == title and rates_of(q) != rates_of(r)]
+        rate = f"{', '.join(f'{v:g}' for v in rates_of(r))} ({', '.join(f'{v:.3f}' for v in other)})"
         accuracy = [q["accuracies"][-1] for q in rows]
         loss = statistics.fmean(q["losses"][-1] for q in rows)
         counts = " | ".join(f"{n[k]:,.0f}" for k in ("first", "last", "mean"))
@@ -133,14 +142,14 @@ def table(epochs: int) -> str:
     return "\n".join(lines)
 
 
-def plot(epochs: int) -> None:
+def plot(epochs: int, rates: Rates) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    rows = chosen(epochs)
+    rows = chosen(epochs, rates)
     for r in rows[ADAPTIVE]:
         steps = r["steps"]
         found = History(r["history"]).by_type(statistics.fmean)
@@ -157,7 +166,8 @@ def plot(epochs: int) -> None:
     right.set(xlabel="epoch", ylabel="accuracy", title="mean and seeds")
     for axis in (left, right):
         axis.legend(fontsize=8)
-    figure.savefig(FILE.with_name(FILE.stem + ("" if epochs == EPOCHS else f"-{epochs}") + ".png"), dpi=110)
+    suffix = ("" if epochs == EPOCHS else f"-{epochs}") + ("-high-head" if rates == HIGH_HEAD else "")
+    figure.savefig(FILE.with_name(f"{FILE.stem}{suffix}.png"), dpi=110)
     plt.close(figure)
 
 
@@ -166,15 +176,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--high-head", action="store_true", help="the new head at the adapter's rate or above")
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--quick", action="store_true", help="one epoch on few examples: does it run?")
     parser.add_argument("--threads", type=int)
     args = parser.parse_args()
+    rates = HIGH_HEAD if args.high_head else RATES
     if args.seeds:
-        train_all(Bench(Settings(compare=False, threads=args.threads, quick=args.quick, max_length=LENGTH, epochs=1 if args.quick else args.epochs)), args.seeds, args.arms)
+        train_all(Bench(Settings(compare=False, threads=args.threads, quick=args.quick, max_length=LENGTH, epochs=1 if args.quick else args.epochs)), args.seeds, args.arms, rates)
     if args.plot:
-        plot(args.epochs)
-    print(table(args.epochs))
+        plot(args.epochs, rates)
+    print(table(args.epochs, rates))
 
 
 if __name__ == "__main__":
