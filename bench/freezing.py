@@ -36,6 +36,7 @@ LENGTH, EPOCHS = 24, 3
 RATES = ((1e-2, 2e-3), (3e-2, 2e-3))
 # the authors' classifier has 2e-2 to 8e-2 beside an adapter's 1e-2
 HIGH_HEAD = ((1e-2, 1e-2), (3e-2, 3e-2), (1e-2, 3e-2))
+ANY = RATES + HIGH_HEAD
 Rates = tuple[tuple[float, float], ...]
 ARMS = ADAPTIVE, FROZEN, FREE, EQUAL = "AFLoRA", "always frozen", "never frozen", "always frozen, equal numbers"
 
@@ -83,7 +84,7 @@ def numbers(t: Trainee, begins: int, sizes: dict[str, int]) -> dict[str, float]:
 
 def equal_rank(bench: Bench) -> int:
     """The rank at which the vectors alone have as many numbers as AFLoRA trained on average: d has one per rank and layer."""
-    rows = [r for r in read(bench.base.epochs, RATES + HIGH_HEAD) if r["title"] == ADAPTIVE]
+    rows = [r for r in read(bench.base.epochs, ANY) if r["title"] == ADAPTIVE]
     if not rows:
         if bench.base.quick:
             return 8  # it keeps no rows; any rank shows that it runs
@@ -114,7 +115,7 @@ def train_all(bench: Bench, seeds: list[int], arms: list[str], rates: Rates) -> 
         for title in arms:
             rank = RANK
             if title == EQUAL:
-                held = [r["options"]["rank"] for r in read(epochs, RATES + HIGH_HEAD) if r["title"] == EQUAL]
+                held = [r["options"]["rank"] for r in read(epochs, ANY) if r["title"] == EQUAL]
                 rank = held[0] if held else equal_rank(bench)
             for both in rates if k == 0 or bench.base.quick else [best_rates(title, epochs, rates)]:
                 if bench.base.quick or (title, both, seed) not in {(r["title"], rates_of(r), r["seed"]) for r in read(epochs, rates)}:

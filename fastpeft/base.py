@@ -130,7 +130,7 @@ class Plain(Base):
             return torch.mm(dz, _cast(W, dz.dtype))
         if fewer(self.in_features, dz.shape[0]):
             return torch.mm(dz, scale_columns(W, gain, dz.dtype))
-        if dz.shape[0] <= GEMM_ROWS or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or dz.shape[0] <= GEMM_ROWS:
             return torch.mm(scale_rows(dz, gain), _cast(W, dz.dtype))
         dx = dz.new_empty(dz.shape[0], self.in_features)
         for s in row_blocks(dz.shape[0], GEMM_ROWS):

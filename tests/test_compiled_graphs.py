@@ -8,7 +8,7 @@ import torch._dynamo.testing
 from sharded import MORE, RECIPES, WIDTH, Tower, adapted, gradients
 from tolerance import assert_fp64
 
-F32, F64 = torch.float32, torch.float64
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 # from few tokens to more than any threshold of the products on the CPU knows (fastpeft.ops.lowrank_cpu.SMALL numbers of x, and
 # more tokens than a layer is wide)
 SHAPES = [(3, 5), (2, 9), (4, 40), (8, 300)]
@@ -50,6 +50,7 @@ def step(run, model, x):
 
 def cases():
     """fp32 takes the C++ products where it is not traced, fp64 is exact; test_methods_in_models.py has every method in fp64."""
+    yield pytest.param("dora", BF16, id="dora-bfloat16")  # whose dx starts with the base product (fastpeft.ops.lowrank.base_first)
     for case in ALL:
         for dtype in (F32, F64) if case in FIRST else (F32,):
             quick = case in FIRST and dtype is F32
