@@ -106,6 +106,7 @@ def test_the_report_shows_what_it_links(done):
     assert all(r[9].strip() == r[10].strip() == "" for r in rows)  # times that nothing measured
     for name in ("pareto.png", "curves.png", "rates.png"):
         assert f"({name})" in text and (out / name).read_bytes().startswith(b"\x89PNG")
+    assert "pareto_time" not in text and not (out / "pareto_time.png").exists()
     assert "reported: seeds 0, 1" in text and f"chosen by evaluation loss on seed {PILOT}" in text
 
 
@@ -142,7 +143,9 @@ def test_times_fill_the_empty_columns_and_a_busy_machine_does_not(done, monkeypa
     monkeypatch.setattr(step_times, "step_times", measured)
     assert main([*command, "--timings"]) == 0
     assert "too busy" in capsys.readouterr().err
-    cells = {s.split("|")[1].strip(): s.split("|")[9:11] for s in (out / "report.md").read_text().splitlines() if s.startswith("| ")}
+    text = (out / "report.md").read_text()
+    assert "(pareto_time.png)" in text and (out / "pareto_time.png").read_bytes().startswith(b"\x89PNG")
+    cells = {s.split("|")[1].strip(): s.split("|")[9:11] for s in text.splitlines() if s.startswith("| ")}
     assert [c.strip() for c in cells["lora"]] == ["2.00", "0.50"] and [c.strip() for c in cells["loha"]] == ["", ""]
 
 

@@ -1,4 +1,4 @@
-"""pareto.png, curves.png and rates.png: made to be read with forty recipes."""
+"""pareto.png, pareto_time.png, curves.png and rates.png: made to be read with forty recipes."""
 
 from __future__ import annotations
 
@@ -42,23 +42,22 @@ def spread_out(places: Sequence[float], low: float, high: float) -> list[float]:
 
 
 def draw_pareto(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Accuracy against bytes kept per token, and below it against step time where that was measured; labels in a column, with a line to each point."""
+    """Accuracy against bytes kept per token; labels in a column, with a line to each point."""
+    _draw(rows, lambda r: r["saved_per_token"] / 1024, "kept for backward, KiB per token", path)
+
+
+def draw_pareto_time(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The same against step time; rows: those with times."""
+    _draw(rows, lambda r: r["ratio"], "time of a step / a frozen model's", path)
+
+
+def _draw(rows: Sequence[dict[str, Any]], cost: Any, label: str, path: Path) -> None:
     from matplotlib.figure import Figure
 
-    def kept(r: dict[str, Any]) -> float:
-        return r["saved_per_token"] / 1024
-
-    panels = [(rows, kept, "kept for backward, KiB per token")]
-    timed = [r for r in rows if r["ratio"] is not None]
-    if timed:
-        panels.append((timed, lambda r: r["ratio"], "time of a step / a frozen model's"))
-    height = max(4.0, 0.19 * len(rows) + 1.2)
-    figure = Figure(figsize=(10, height * len(panels)), layout="constrained")
-    for axes, (shown, cost, label) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        _scatter(axes, shown, cost)
-        axes.set_xlabel(label)
-    if not timed:
-        figure.supxlabel("Step times: not measured yet.", fontsize=8, color="#666666")
+    figure = Figure(figsize=(10, max(4.0, 0.19 * len(rows) + 1.2)), layout="constrained")
+    axes = figure.subplots()
+    _scatter(axes, rows, cost)
+    axes.set_xlabel(label)
     _save(figure, path)
 
 

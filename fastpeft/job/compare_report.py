@@ -1,4 +1,4 @@
-"""The report of a comparison: report.md, its three pictures and results/ in PEFT's schema, each file whole or absent."""
+"""The report of a comparison: report.md, its pictures and results/ in PEFT's schema, each file whole or absent."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from fastpeft.folder import replace_file
 from fastpeft.job.compare_page import SUCCESS, as_markdown
-from fastpeft.job.compare_plots import draw_curves, draw_pareto, draw_rates
+from fastpeft.job.compare_plots import draw_curves, draw_pareto, draw_pareto_time, draw_rates
 from fastpeft.job.compare_store import Store, slug
 from fastpeft.job.peft_results import result
 from fastpeft.job.report import _atomic
@@ -26,6 +26,8 @@ def write_report(store: Store, rows: Sequence[dict[str, Any]]) -> None:
             replace_file(folder / RESULTS / result_name(row, run), body.encode())
     if done:
         _atomic(folder / "pareto.png", lambda path: draw_pareto(done, path))
+        if timed := [r for r in done if r["ratio"] is not None]:
+            _atomic(folder / "pareto_time.png", lambda path: draw_pareto_time(timed, path))
         _atomic(folder / "curves.png", lambda path: draw_curves(done, path))
     piloted = [r for r in rows if r["pilots"]]
     if piloted:

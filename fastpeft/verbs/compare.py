@@ -7,8 +7,8 @@ import argparse
 HELP = "run recipes on the main job, each at its best learning rate, and draw them beside each other"
 DESCRIPTION = (
     "Run recipes on the main job: pilot runs with every rate of one grid on a seed that is not reported, then the best rate on the reported "
-    "seeds, beside the frozen model and PEFT's LoRA. Writes report.md, pareto.png (accuracy against kept memory and step time), curves.png, "
-    "rates.png and a result file per run in the schema of PEFT's method comparison. The same command continues what was stopped, and makes "
+    "seeds, beside the frozen model and PEFT's LoRA. Writes report.md, pareto.png (accuracy against kept memory), pareto_time.png (against "
+    "step time), curves.png, rates.png and a result file per run in the schema of PEFT's method comparison. The same command continues what was stopped, and makes "
     "no finished run again; recipes, seeds and rates may be added to a folder."
 )
 EXAMPLES = """examples:
