@@ -11,8 +11,11 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def run_interpreted(name: str) -> int:
-    """pytest on tests/<name> in a process of its own; the number of tests that passed. Fails if any did not."""
+def run_interpreted(name: str, *, whole: bool = True) -> int:
+    """pytest on tests/<name> in a process of its own; the number of tests that passed. Fails if any did not.
+
+    whole: its tests marked accept too.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {
         "TRITON_INTERPRET": "1"
     }
@@ -25,7 +28,7 @@ def run_interpreted(name: str) -> int:
         "-n",
         "0",
         "-o",
-        "addopts=-p no:cacheprovider",
+        "addopts=-p no:cacheprovider" + ("" if whole else " -m 'not accept'"),
     ]
     done = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The grouped kernels in Triton's interpreter; run by test_grouped_interpreter.py in a process of its own.
+"""The grouped kernels in Triton's interpreter; run by test_interpreter.py in a process of its own.
 
 fp32 and fp16 only: the interpreter's tl.dot multiplies the bit patterns of bf16. Every buffer is filled with NaN first.
 Oracle: the token-by-token formula in fp64, and its autograd. Yardstick: the same in x's dtype.

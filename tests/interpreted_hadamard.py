@@ -1,4 +1,4 @@
-"""The Hadamard kernels in Triton's interpreter; run by test_hadamard_interpreter.py in a process of its own.
+"""The Hadamard kernels in Triton's interpreter; run by test_interpreter.py in a process of its own.
 
 fp32 and fp16 only: the interpreter's tl.dot multiplies the bit patterns of bf16. Every buffer is filled with NaN first.
 Oracle: the dense product with (b1 a1) * (b2 a2) in fp64, and its autograd. Yardstick: the low-rank composition in PyTorch.
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from interpreted_lowrank import F16, F32, LAYOUTS, filled, lay
+from thinned import thinned
 from tolerance import assert_as_good
 
 from fastpeft.ops import khatri_rao_triton as ops
@@ -43,7 +44,7 @@ def _name(case):
     return f"{'x'.join(map(str, shape))}-r{r}-{str(x)[6:]}-{str(factor)[6:]}-{layout}"
 
 
-cases = pytest.mark.parametrize("case", list(_cases()), ids=_name)
+cases = pytest.mark.parametrize("case", thinned(_cases(), 1, _name))
 
 
 @pytest.fixture(autouse=True)

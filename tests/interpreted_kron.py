@@ -1,4 +1,4 @@
-"""The Kronecker kernels in Triton's interpreter; run by test_kron_interpreter.py in a process of its own.
+"""The Kronecker kernels in Triton's interpreter; run by test_interpreter.py in a process of its own.
 
 fp32 and fp16 only: the interpreter's tl.dot multiplies the bit patterns of bf16. Every buffer is filled with NaN first.
 Oracle: the dense product x kron(C, D)^T in fp64, and its autograd. Yardstick: two products in PyTorch, D first.
@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from interpreted_lowrank import F16, F32, LAYOUTS, filled, lay
+from thinned import thinned
 from tolerance import assert_as_good
 
 from fastpeft.ops import kron_triton as ops
@@ -39,7 +40,7 @@ def _name(case):
     return f"{'x'.join(map(str, shape))}-{str(x)[6:]}-{str(factor)[6:]}-{layout}"
 
 
-cases = pytest.mark.parametrize("case", list(_cases()), ids=_name)
+cases = pytest.mark.parametrize("case", thinned(_cases(), 1, _name))
 
 
 @pytest.fixture(autouse=True)

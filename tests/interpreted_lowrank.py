@@ -1,4 +1,4 @@
-"""The low-rank kernels in Triton's interpreter; run by test_lowrank_interpreter.py in a process of its own.
+"""The low-rank kernels in Triton's interpreter; run by test_interpreter.py in a process of its own.
 
 fp32 and fp16 only: the interpreter's tl.dot multiplies the bit patterns of bf16. Every buffer that a launcher gets is
 filled with NaN first. Oracles: the formula in fp64, and fp64 autograd of the whole layer.
@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from thinned import thinned
 from tolerance import assert_as_good
 
 import fastpeft
@@ -50,7 +51,7 @@ def _name(case):
     return f"{t}x{i}x{o}-blocks{n}-r{rank}-{str(x)[6:]}-{str(factor)[6:]}-p{p}-{layout}"
 
 
-cases = pytest.mark.parametrize("case", list(_cases()), ids=_name)
+cases = pytest.mark.parametrize("case", thinned(_cases(), 1, _name))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""The kernels that make stored weights dense, in Triton's interpreter; run by test_nf4_interpreter.py in a process of its own.
+"""The kernels that make stored weights dense, in Triton's interpreter; run by test_interpreter.py in a process of its own.
 
 fp32 and fp16 only: the interpreter cuts fp32 to bf16 where a GPU rounds. Everything has one right answer: the bits of the
 reference in torch. Every output is filled with NaN first.

@@ -1,4 +1,4 @@
-"""The base product with the low-rank share in it, in Triton's interpreter; run by test_product_interpreter.py in a process of its own.
+"""The base product with the low-rank share in it, in Triton's interpreter; run by test_interpreter.py in a process of its own.
 
 fp32 and fp16: the interpreter multiplies bit patterns of bf16. y is filled with NaN first.
 """

@@ -1,4 +1,4 @@
-"""The sparse kernels in Triton's interpreter; run by test_sparse_interpreter.py in a process of its own.
+"""The sparse kernels in Triton's interpreter; run by test_interpreter.py in a process of its own.
 
 Gradients in fp32 and fp16 only: the interpreter's tl.dot multiplies the bit patterns of bf16. Every buffer is filled with
 NaN first. Small integers, whose products and sums fp32 holds, must come out exactly: no entry can hide in a tolerance.
@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 from interpreted_lowrank import F16, F32, LAYOUTS, filled, in_fp64_and_plain, lay
+from thinned import thinned
 from tolerance import assert_as_good
 
 from fastpeft.linear import adapted_linear
@@ -65,11 +66,17 @@ def gradient(index):
     return lambda dz, x: at(dz.T @ x, index)
 
 
-@pytest.mark.parametrize("shape,mask", [*((SMALL, m) for m in MASKS), (LARGE, "rows"), (LARGE, "scattered")])
-@pytest.mark.parametrize("route", ops.ROUTES)
-@pytest.mark.parametrize("dtypes", [(F32, F32), (F16, F16), (F32, F16)])
-def test_gradient_of_integers_is_exact(shape, dtypes, route, mask, parts):
-    t, i, o = shape
+@pytest.mark.parametrize(
+    "dtypes,route,case",
+    thinned(
+        itertools.product(
+            [(F32, F32), (F16, F16), (F32, F16)], ops.ROUTES, [*((SMALL, m) for m in MASKS), (LARGE, "rows"), (LARGE, "scattered")]
+        ),
+        1,
+    ),
+)
+def test_gradient_of_integers_is_exact(dtypes, route, case, parts):
+    (t, i, o), mask = case
     dz, x = (torch.randint(-8, 9, (t, n)).to(d) for n, d in zip((o, i), dtypes, strict=True))
     index = entries(mask, o, i)
     got = ops.grad(dz, x, index, route=route)
@@ -77,9 +84,7 @@ def test_gradient_of_integers_is_exact(shape, dtypes, route, mask, parts):
     assert torch.equal(got.double(), gradient(index)(dz.double(), x.double()))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("route", ops.ROUTES)
-@pytest.mark.parametrize("shape,dtype", list(itertools.product([SMALL, LARGE], [F32, F16])))
+@pytest.mark.parametrize("shape,dtype,route,layout", thinned(itertools.product([SMALL, LARGE], [F32, F16], ops.ROUTES, LAYOUTS)))
 def test_gradient(shape, dtype, route, layout, parts):
     t, i, o = shape
     dz, x = (lay(torch.randn(t, n).to(dtype), layout) for n in (o, i))

@@ -1,9 +1,0 @@
-"""The Hadamard kernels under TRITON_INTERPRET=1."""
-
-from __future__ import annotations
-
-from interpreted import run_interpreted
-
-
-def test_kernels_in_the_interpreter():
-    assert run_interpreted("interpreted_hadamard.py") > 50

@@ -1,9 +1,0 @@
-"""The kernels of stored weights under TRITON_INTERPRET=1."""
-
-from __future__ import annotations
-
-from interpreted import run_interpreted
-
-
-def test_kernels_in_the_interpreter():
-    assert run_interpreted("interpreted_nf4.py") > 200

@@ -1,9 +1,0 @@
-"""The seam on Triton kernels, under TRITON_INTERPRET=1."""
-
-from __future__ import annotations
-
-from interpreted import run_interpreted
-
-
-def test_layers_in_the_interpreter():
-    assert run_interpreted("interpreted_seam.py") > 80
