@@ -5,7 +5,8 @@
 
 Each arm is a process of its own that trains its own SFTTrainer, so its peak memory is its own; one of them works at a time. In
 every round each arm takes one step, in an order drawn anew. A ratio is taken within a round, over the rounds after the warm-up.
-The stock script runs twice: `stock again` is the A/A control, and a ratio inside its quartiles says nothing.
+The stock script runs twice: `stock again` is the A/A control, and a ratio inside its quartiles says nothing. The same model without
+an adapter runs beside them: what stock takes over it is all that the one line can save.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from sft_llama import METHODS, options
 from fastpeft.job.measure import WARM_UP_STEPS, after_warm_up
 
 SCRIPT = Path(__file__).with_name("sft_llama.py")
-STOCK, AGAIN, OURS = "stock", "stock again", "accelerated"
-ARMS = {STOCK: "--no-accelerate", AGAIN: "--no-accelerate", OURS: "--accelerate"}
+STOCK, AGAIN, OURS, FROZEN = "stock", "stock again", "accelerated", "frozen"
+ARMS = {STOCK: "--no-accelerate", AGAIN: "--no-accelerate", OURS: "--accelerate", FROZEN: "--frozen"}
 
 
 class Arm:
@@ -87,8 +88,8 @@ def ratios(values: Sequence[float], base: Sequence[float]) -> tuple[float, float
 
 def compared(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """speedup: of the one line, (first quartile, median, third); control: of the stock script over itself; cpu: on the processor's
-    clock. loss: the largest difference over all steps. saved, peak: bytes, stock's and ours."""
-    stock, again, ours = (results[name] for name in (STOCK, AGAIN, OURS))
+    clock; to_frozen: over the model without an adapter. loss: the largest difference over all steps. saved, peak: bytes."""
+    stock, again, ours, frozen = (results[name] for name in ARMS)
     return {
         "method": ours["method"],
         "adapter_dtype": {STOCK: stock["adapter_dtype"], OURS: ours["adapter_dtype"]},
@@ -97,6 +98,7 @@ def compared(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "control": ratios(stock["seconds"], again["seconds"]),
         "cpu_speedup": ratios(stock["cpu_seconds"], ours["cpu_seconds"]),
         "cpu_control": ratios(stock["cpu_seconds"], again["cpu_seconds"]),
+        "to_frozen": {name: ratios(r["seconds"], frozen["seconds"]) for name, r in ((STOCK, stock), (OURS, ours))},
         "loss": max(abs(a - b) for a, b in zip(stock["losses"], ours["losses"], strict=True)),
         "loss_control": max(abs(a - b) for a, b in zip(stock["losses"], again["losses"], strict=True)),
         "losses": {name: (r["losses"][0], r["losses"][-1]) for name, r in results.items()},
@@ -124,6 +126,7 @@ def show(c: dict[str, Any]) -> str:
             f"{'saved for backward, MiB':24}{each(c['saved'], 2**20, 1)}",
             f"{'peak, MiB':24}{each(c['peak_resident'], 2**20, 0)}   (before the first step {each(c['loaded'], 2**20, 0)})",
             f"speed-up {three(c['speedup'])}; A/A control {three(c['control'])}   (median and quartiles over the rounds)",
+            f"over the frozen model: stock {three(c['to_frozen'][STOCK])}, accelerated {three(c['to_frozen'][OURS])}",
             f"on the processor's clock {three(c['cpu_speedup'])}; A/A {three(c['cpu_control'])}",
             f"loss {first:.4f} -> {last:.4f}, largest difference {c['loss']:.1e} (A/A {c['loss_control']:.1e})",
         )

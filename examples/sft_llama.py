@@ -2,6 +2,7 @@
 
     python examples/sft_llama.py --method dora                    # fastpeft.accelerate(model) before training
     python examples/sft_llama.py --method dora --no-accelerate    # the same script without it
+    python examples/sft_llama.py --frozen                         # no adapter: the model's first norm alone trains
 
 Nothing is downloaded: the text is the docstrings of the running Python's standard library (the main job's built-in data), the
 tokenizer is trained on them, the model is random; trl, peft and datasets must be installed. Everything is fp32 on the CPU, PEFT's
@@ -70,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--method", choices=METHODS, default="lora")
     made.add_argument("--accelerate", action=argparse.BooleanOptionalAction, default=True)
     options(made)
+    made.add_argument("--frozen", action="store_true", help="no adapter; all linear layers frozen, and gradients pass through each")
     made.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     made.add_argument("--turns", action="store_true", help="wait for a line on standard input before each step (compare_sft.py)")
     return made
@@ -124,8 +126,13 @@ def adapter(args: argparse.Namespace) -> Any:
 def build(args: argparse.Namespace, folder: str, callbacks: list[Any]) -> Any:
     """The trainer."""
     words = tokenizer(args.vocab)
-    model = peft.get_peft_model(llama(args, words), adapter(args))
-    if args.accelerate:
+    model = llama(args, words)
+    if args.frozen:
+        # a norm below every linear layer: backward crosses them all, as an adapter's does
+        model.requires_grad_(False).model.layers[0].input_layernorm.requires_grad_(True)
+    else:
+        model = peft.get_peft_model(model, adapter(args))
+    if args.accelerate and not args.frozen:
         fastpeft.accelerate(model)  # the one line
     arguments = trl.SFTConfig(
         output_dir=folder, max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=args.lr,
@@ -193,7 +200,8 @@ def run(args: argparse.Namespace, turns: TextIO | None = None) -> dict[str, Any]
         saved = bytes_saved(lambda: trainer.compute_loss(trainer.model, batch), owned)
     return {
         "method": args.method,
-        "accelerate": args.accelerate,
+        "accelerate": args.accelerate and not args.frozen,
+        "frozen": args.frozen,
         "adapter_dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in own})),
         "trainable": sum(p.numel() for p in own),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -210,7 +218,7 @@ def run(args: argparse.Namespace, turns: TextIO | None = None) -> dict[str, Any]
 
 
 def show(result: dict[str, Any]) -> str:
-    how = "accelerated" if result["accelerate"] else "stock PEFT"
+    how = "accelerated" if result["accelerate"] else "frozen model" if result["frozen"] else "stock PEFT"
     step, losses = statistics.median(after_warm_up(result["seconds"])), result["losses"]
     return "\n".join(
         (

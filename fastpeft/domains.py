@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fastpeft.blocks import blocks_of
 from fastpeft.experts import Expert, layout, read_experts
 from fastpeft.leave import unload
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.patterns import exactly
 from fastpeft.record import Adaptation, adaptation
-from fastpeft.registry import check_finite, check_int
 from fastpeft.report import Report
 from fastpeft.routing import Routing
 from fastpeft.routing_hooks import routing_of

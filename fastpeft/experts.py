@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from fastpeft.adapter import is_adapted, own_base, site_of
 from fastpeft.folder import CheckpointError, read_folder, read_gates
+from fastpeft.option_checks import check_finite
 from fastpeft.patterns import by_pattern, check_pattern
-from fastpeft.registry import check_finite
 from fastpeft.stack import GATE, Experts
 from fastpeft.targets import checked_targets, matches, refusal, select
 

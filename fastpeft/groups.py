@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastpeft.fold import Group, Layout, matrix_sizes, vector_sizes
-from fastpeft.registry import Holder, Site, check_int
+from fastpeft.option_checks import check_int
+from fastpeft.registry import Holder, Site
 from fastpeft.shared import Composition
 from fastpeft.support import key
 

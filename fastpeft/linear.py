@@ -17,7 +17,8 @@ from fastpeft.ops.parts import Part
 from fastpeft.ops.seam import Down, One, OnePlan, Up, Whole, after_up
 from fastpeft.ops.steps import Plan, Read, Write
 from fastpeft.parts import Inner, part_of
-from fastpeft.terms import Bias, Gain, Grouped, KhatriRao, LowRank, Term, validate
+from fastpeft.term_checks import validate
+from fastpeft.terms import Bias, Gain, Grouped, KhatriRao, LowRank, Term
 
 
 def adapted_linear(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import Site, check_finite, check_int, check_rank
+from fastpeft.option_checks import check_finite, check_int, check_rank
+from fastpeft.registry import Site
 
 # an expert folder's key of a site's gate, after PEFT's prefix and the site's name
 GATE = "gate"

@@ -51,7 +51,7 @@ FOLDERS = {
 MARKERS = {
     "Triton": r"@triton\.jit",
     "CUDA/C++": r"__global__|pybind11|namespace fastpeft",
-    "interpreter": r"TRITON_INTERPRET",
+    "interpreter": r"in Triton's interpreter",
     "compile gate": r"GPUTarget",
     "measured on a GPU": r'"device": ?"cuda',
 }

@@ -57,7 +57,7 @@ def test_the_reader_sees_imports():
 
 @pytest.mark.parametrize("path", files(PACKAGE / "method"), ids=lambda p: p.name)
 def test_methods_see_only_the_registry_terms_and_supports(path):
-    allowed = ("torch", "fastpeft.registry", "fastpeft.terms", "fastpeft.support", "fastpeft.overlay", "fastpeft.method",
+    allowed = ("torch", "fastpeft.registry", "fastpeft.option_checks", "fastpeft.terms", "fastpeft.term_checks", "fastpeft.support", "fastpeft.overlay", "fastpeft.method",
                "fastpeft.start", "fastpeft.fold", "fastpeft.groups", "fastpeft.shared", "fastpeft.stack",
                "fastpeft.routing", "fastpeft.patterns", "fastpeft.grouping")  # fmt: skip
     assert not [n for n in imports(path) if not within(n, allowed)]
@@ -72,7 +72,7 @@ def test_folds_see_no_method(name):
 
 @pytest.mark.parametrize("path", files(PACKAGE / "start"), ids=lambda p: p.name)
 def test_starts_see_bases_and_no_method(path):
-    allowed = ("torch", "fastpeft.registry", "fastpeft.base", "fastpeft.quantised", "fastpeft.stored", "fastpeft.start")
+    allowed = ("torch", "fastpeft.registry", "fastpeft.option_checks", "fastpeft.base", "fastpeft.quantised", "fastpeft.stored", "fastpeft.start")
     assert not [n for n in imports(path) if not within(n, allowed)]
 
 
@@ -85,6 +85,7 @@ def test_ops_see_no_policy(path):
 
 def test_terms_import_only_torch():
     assert imports(PACKAGE / "terms.py") == {"torch"}
+    assert all(within(n, ("torch", "fastpeft.terms")) for n in imports(PACKAGE / "term_checks.py"))
 
 
 @pytest.mark.parametrize("path", files(PACKAGE), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fastpeft.accelerated.reading import NONE_ACTIVE, OWN, Found, Why, active
-from fastpeft.terms import Sparse, Term, in_order
+from fastpeft.term_checks import in_order
+from fastpeft.terms import Sparse, Term
 
 COMPILED = Why("compiled code cannot look at the order of the support")
 UNORDERED = Why("the support is not in row-major order, has an entry twice or lies outside of the weight")

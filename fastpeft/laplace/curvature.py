@@ -20,7 +20,7 @@ from fastpeft.laplace.batch import Reader, attended, class_labels, class_logits,
 from fastpeft.laplace.kronecker import Factor, Gram
 from fastpeft.laplace.observe import Call, Layer, factor_name, find_layers, observe, reaches, read_by, sweep
 from fastpeft.laplace.posterior import Posterior
-from fastpeft.registry import check_int
+from fastpeft.option_checks import check_int
 from fastpeft.targets import Targets
 
 SCALES = ("tokens", "samples")

@@ -18,16 +18,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import (
-    Method,
-    Notes,
-    PeftFormat,
-    Site,
-    check_finite,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.option_checks import check_finite, check_probability, check_rank
+from fastpeft.registry import Method, Notes, PeftFormat, Site, method
 from fastpeft.terms import LowRank, Term
 
 READS = {"init_r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout"}

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastpeft.method.adalora import gram_gap
-from fastpeft.registry import Method, Notes, Site, check_finite, check_probability, check_rank, method
+from fastpeft.option_checks import check_finite, check_probability, check_rank
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.terms import LowRank, Term
 
 VALUES = ("softmax", "real", "sigmoid")

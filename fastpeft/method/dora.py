@@ -18,16 +18,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastpeft.method.lora import peft_lora, scaling
-from fastpeft.registry import (
-    Method,
-    Notes,
-    PeftFormat,
-    Site,
-    check_finite,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.option_checks import check_finite, check_probability, check_rank
+from fastpeft.registry import Method, Notes, PeftFormat, Site, method
 from fastpeft.start.factors import fill
 from fastpeft.terms import Gain, LowRank, Term
 

@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastpeft.registry import Method, Notes, Site, check_finite, check_int, method
+from fastpeft.option_checks import check_finite, check_int
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.terms import Dense, LowRank, Term, collector
 
 PROJ_TYPES = ("std", "reverse_std", "left", "right", "full")

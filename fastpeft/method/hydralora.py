@@ -20,16 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import (
-    Method,
-    Notes,
-    Site,
-    check_finite,
-    check_int,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.option_checks import check_finite, check_int, check_probability, check_rank
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.terms import LowRank, Term
 
 

@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from fastpeft.registry import Method, Notes, Site, check_finite, check_int, method
+from fastpeft.option_checks import check_finite, check_int
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.terms import Kron, Term
 
 

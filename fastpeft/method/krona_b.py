@@ -17,7 +17,8 @@ from typing import Any, ClassVar
 from torch import nn
 
 from fastpeft.method.krona import split
-from fastpeft.registry import Method, Notes, Site, check_finite, method
+from fastpeft.option_checks import check_finite
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.terms import Bias, Kron, Term
 
 

@@ -14,7 +14,8 @@ from typing import ClassVar
 import torch
 
 from fastpeft.method.krona_b import KronAB
-from fastpeft.registry import Notes, Site, check_finite, method
+from fastpeft.option_checks import check_finite
+from fastpeft.registry import Notes, Site, method
 
 
 @method("krona_b_res", paper="arXiv 2212.10650")

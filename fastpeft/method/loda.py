@@ -21,15 +21,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn.functional import leaky_relu, linear
 
-from fastpeft.registry import (
-    Method,
-    Notes,
-    Site,
-    check_finite,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.option_checks import check_finite, check_probability, check_rank
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.start.approximate import check_base, replaced
 from fastpeft.terms import LowRank, Term
 

@@ -18,16 +18,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from fastpeft.registry import (
-    Method,
-    Notes,
-    Site,
-    check_finite,
-    check_int,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.option_checks import check_finite, check_int, check_probability, check_rank
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.start.loftq import loftq
 from fastpeft.start.quantise import check_blocks, normal_float, room
 from fastpeft.terms import LowRank, Term

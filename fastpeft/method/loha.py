@@ -22,16 +22,8 @@ import torch
 from torch import nn
 
 from fastpeft.method.lora import scaling
-from fastpeft.registry import (
-    Method,
-    Notes,
-    PeftFormat,
-    Site,
-    check_finite,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.option_checks import check_finite, check_probability, check_rank
+from fastpeft.registry import Method, Notes, PeftFormat, Site, method
 from fastpeft.terms import KhatriRao, LowRank, Term
 
 READS = {"r": "rank", "alpha": "alpha", "rank_dropout": "rank_dropout", "module_dropout": "module_dropout"}

@@ -14,16 +14,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from fastpeft.registry import (
-    Method,
-    Notes,
-    PeftFormat,
-    Site,
-    check_finite,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.option_checks import check_finite, check_probability, check_rank
+from fastpeft.registry import Method, Notes, PeftFormat, Site, method
 from fastpeft.start.factors import fill
 from fastpeft.terms import Bias, LowRank, Term
 

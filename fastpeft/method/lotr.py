@@ -21,7 +21,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import Holder, Method, Notes, Site, check_finite, check_probability, check_rank, method
+from fastpeft.option_checks import check_finite, check_probability, check_rank
+from fastpeft.registry import Holder, Method, Notes, Site, method
 from fastpeft.terms import LowRank, Term
 
 _MENU = {"left": ("normal", "zeros", "svd"), "middle": ("zeros", "identity", "svd"), "right": ("normal", "zeros", "svd")}

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from typing import Any, ClassVar
 
-from fastpeft.registry import Method, Notes, Site, check_finite, check_int, check_probability, method
+from fastpeft.option_checks import check_finite, check_int, check_probability
+from fastpeft.registry import Method, Notes, Site, method
 from fastpeft.terms import LowRank, Term
 
 

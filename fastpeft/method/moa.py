@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.grouping import groups
-from fastpeft.registry import Holder, Method, Notes, Site, check_int, check_probability, method
+from fastpeft.option_checks import check_int, check_probability
+from fastpeft.registry import Holder, Method, Notes, Site, method
 from fastpeft.routing import CHOICES, POOLS, PROMPTS, Router, Routing
 from fastpeft.stack import experts_of, factors
 from fastpeft.terms import Grouped, LowRank, Term

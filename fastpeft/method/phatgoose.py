@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft.grouping import groups
+from fastpeft.option_checks import check_int, check_probability
 from fastpeft.patterns import per_layer
-from fastpeft.registry import Method, Notes, PeftFormat, Site, check_int, check_probability, method
+from fastpeft.registry import Method, Notes, PeftFormat, Site, method
 from fastpeft.stack import GATE, experts_of, factors, gated
 from fastpeft.terms import Grouped, LowRank, Term
 

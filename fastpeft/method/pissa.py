@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.method.lora import peft_lora, scaling
-from fastpeft.registry import Method, Notes, PeftFormat, Site, check_finite, check_int, check_rank, method
+from fastpeft.option_checks import check_finite, check_int, check_rank
+from fastpeft.registry import Method, Notes, PeftFormat, Site, method
 from fastpeft.start.pissa import dense_room, principal, quantised, residual
 from fastpeft.start.quantise import BLOCK, check_blocks, normal_float, room
 from fastpeft.terms import LowRank, Term

@@ -22,19 +22,12 @@ from typing import Any, ClassVar
 
 import torch
 
+from fastpeft.option_checks import check_int, check_probability, check_rank
 from fastpeft.overlay import Overlay
-from fastpeft.registry import (
-    Method,
-    Notes,
-    PeftFormat,
-    Site,
-    check_int,
-    check_probability,
-    check_rank,
-    method,
-)
+from fastpeft.registry import Method, Notes, PeftFormat, Site, method
 from fastpeft.support import bernoulli, columns, counted, key
-from fastpeft.terms import APPLY, Sparse, Term, validate
+from fastpeft.term_checks import validate
+from fastpeft.terms import APPLY, Sparse, Term
 
 STRUCTURES = ("random", "head", "tail")
 

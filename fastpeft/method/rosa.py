@@ -20,9 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.method.lora import scaling
+from fastpeft.option_checks import check_finite, check_int, check_probability
 from fastpeft.overlay import Overlay
-from fastpeft.registry import Method, Notes, Site, check_finite, check_int, check_probability, method
-from fastpeft.terms import APPLY, Dense, LowRank, Sparse, Term, collector, validate
+from fastpeft.registry import Method, Notes, Site, method
+from fastpeft.term_checks import validate
+from fastpeft.terms import APPLY, Dense, LowRank, Sparse, Term, collector
 
 
 @method("rosa", paper="arXiv 2401.04679")

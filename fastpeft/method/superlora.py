@@ -28,7 +28,8 @@ from torch import Tensor
 
 from fastpeft.fold import canonical, sides, tucker
 from fastpeft.groups import ROLES, Groups, Stack, layout, parameters
-from fastpeft.registry import Holder, Method, Notes, Site, check_finite, check_int, method, recipe
+from fastpeft.option_checks import check_finite, check_int
+from fastpeft.registry import Holder, Method, Notes, Site, method, recipe
 from fastpeft.terms import Composed, Dense, Kron, LowRank, Term, kron
 
 

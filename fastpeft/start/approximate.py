@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import Site, check_int
+from fastpeft.option_checks import check_int
+from fastpeft.registry import Site
 from fastpeft.start.pissa import principal
 from fastpeft.stored import DenseWeight, FactoredWeight
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastpeft.method.adalora import AdaLoRA, importance
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.record import RECORD, Adaptation
-from fastpeft.registry import check_finite, check_int
 from fastpeft.train.layers import count_each, inner, take_charge
 from fastpeft.train.protocol import Context, Procedure
 

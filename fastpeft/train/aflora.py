@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.method.aflora import AFLoRA
-from fastpeft.registry import check_finite, check_int
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.train.layers import take_charge
 from fastpeft.train.protocol import Context, Procedure
 

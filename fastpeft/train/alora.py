@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.method.alora_alloc import ALoRAAlloc
-from fastpeft.registry import check_int
+from fastpeft.option_checks import check_int
 from fastpeft.train.layers import count_each, inner, seeded, take_charge
 from fastpeft.train.protocol import Batch, Context, Procedure
 from fastpeft.train.source import Loss, Source, batch_of, check_source, loss_of, mean_over_ranks, need_source

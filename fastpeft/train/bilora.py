@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpeft.method.bilora import BiLoRA, binary_entropy
-from fastpeft.registry import check_finite, check_int
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.train.layers import held, inner, parts_of, take_charge
 from fastpeft.train.optimizer import split_off
 from fastpeft.train.protocol import Batch, Context, Procedure

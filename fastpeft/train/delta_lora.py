@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastpeft.adapter import weight_of
 from fastpeft.method.delta_lora import DeltaLoRA
-from fastpeft.registry import check_int
+from fastpeft.option_checks import check_int
 from fastpeft.train.layers import inner, take_charge
 from fastpeft.train.protocol import Context, Procedure
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft.method.dylora import DyLoRA
-from fastpeft.registry import check_finite, check_int
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.train.layers import take_charge
 from fastpeft.train.protocol import Context, Procedure
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastpeft.method.lisa import LISA
+from fastpeft.option_checks import check_int
 from fastpeft.record import RECORD
-from fastpeft.registry import check_int
 from fastpeft.targets import output_head
 from fastpeft.train.layers import held, inner, seeded, take_charge
 from fastpeft.train.protocol import Context, Procedure

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fastpeft.method.lora_fa import LoRAFA
-from fastpeft.registry import check_finite
+from fastpeft.option_checks import check_finite
 from fastpeft.train.layers import take_charge
 from fastpeft.train.protocol import Context, Procedure
 

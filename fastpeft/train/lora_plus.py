@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fastpeft.registry import check_finite
+from fastpeft.option_checks import check_finite
 from fastpeft.train.optimizer import check_groups, with_role
 from fastpeft.train.protocol import Context, Procedure
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastpeft.method.moa import MoA
-from fastpeft.registry import check_finite
+from fastpeft.option_checks import check_finite
 from fastpeft.routing import Routing
 from fastpeft.routing_hooks import routing_of
 from fastpeft.train.layers import inner, take_charge

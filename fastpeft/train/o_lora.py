@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.method.o_lora import OLoRA
+from fastpeft.option_checks import check_finite
 from fastpeft.record import adaptation
-from fastpeft.registry import check_finite, get_recipe
+from fastpeft.registry import get_recipe
 from fastpeft.train.layers import take_charge
 from fastpeft.train.protocol import Context, Procedure
 

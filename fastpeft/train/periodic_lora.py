@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastpeft.method.periodic_lora import PeriodicLoRA
-from fastpeft.registry import check_finite, check_int
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.train.layers import seeded, take_charge
 from fastpeft.train.protocol import Context, Procedure
 from fastpeft.train.rate import StageRate

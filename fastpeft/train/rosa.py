@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastpeft.method.rosa import RoSA
 from fastpeft.ops.topk import largest
-from fastpeft.registry import check_finite, check_int
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.train.layers import held, parts_of
 from fastpeft.train.optimizer import split_off
 from fastpeft.train.protocol import Context, Procedure

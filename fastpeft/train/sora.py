@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastpeft.method.sora import SoRA, soft_threshold
-from fastpeft.registry import check_finite, check_int
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.train.layers import count_each, parts_of, take_charge
 from fastpeft.train.optimizer import split_each
 from fastpeft.train.protocol import Context, Procedure

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastpeft.registry import check_finite, check_int
+from fastpeft.option_checks import check_finite, check_int
 from fastpeft.train.protocol import Batch
 
 Source = Callable[[int], Any] | Sequence[Any]
