@@ -310,6 +310,13 @@ def is_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
 
 
+def has_linear_forward(cls: type[nn.Module]) -> bool:
+    """True where a linear class computes x W^T + b and nothing else: with nn.Linear's forward, or as Transformers' FalconLinear does
+    (bias added to the rounded product), told by name likewise."""
+    own = next((c for c in cls.__mro__ if "forward" in vars(c)), nn.Module)
+    return own is nn.Linear or (own.__name__ == "FalconLinear" and own.__module__ == "transformers.models.falcon.modeling_falcon")
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear or Conv1D as [out, in]."""
     weight: Any = module.weight

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from fastpeft.adapter import is_adapted, is_conv1d
+from fastpeft.adapter import has_linear_forward, is_adapted, is_conv1d
 from fastpeft.packed import is_packed
 
 Targets = str | Iterable[str]
@@ -100,7 +100,7 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
         return "its weight is parametrized; remove the parametrization first"
     if is_packed(type(module)):
         return None
-    if not is_conv1d(module) and type(module).forward is not nn.Linear.forward:
+    if not is_conv1d(module) and not has_linear_forward(type(module)):
         return f"{type(module).__name__} has a forward of its own, which an adapter would replace"
     if not module.weight.dtype.is_floating_point or module.weight.dtype.itemsize < 2:
         return f"its weight is {module.weight.dtype}; supported are float64, float32, bfloat16 and float16"

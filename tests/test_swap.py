@@ -242,3 +242,28 @@ def test_gradient_checkpointing_of_transformers(reentrant, llama):
         runs.append({n: p.grad for n, p in llama.named_parameters() if p.requires_grad})
         llama.zero_grad()
     assert all(g is not None and torch.equal(g, runs[1][n]) for n, g in runs[0].items())
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_falcons_linear_is_one(method):
+    """A subclass with a forward of its own that computes nothing else; adapted, accelerated under PEFT, and put back."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, bias=True)
+    model, ids = transformers.FalconForCausalLM(config).to(DT).eval(), torch.arange(12).view(2, 6)
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(target_modules="all-linear", use_dora=method == "dora"))
+    classes, before = {n: type(m) for n, m in model.named_modules()}, model(ids).logits
+    report = fastpeft.adapt(model, method, rank=3)
+    assert len(report.adapted) == 2 * 4 and not report.skipped
+    assert_fp64(model(ids).logits, before, "start")
+    perturb(model)
+    changed = model(ids).logits
+    assert not torch.allclose(changed, before)
+    merged = fastpeft.merge(copy.deepcopy(model))
+    assert_fp64(merged(ids).logits, changed, "merged")
+    fastpeft.unload(model)
+    assert {n: type(m) for n, m in model.named_modules()} == classes and torch.equal(model(ids).logits, before)
+    assert len(fastpeft.accelerate(theirs, strict=True).layers) == 2 * 4
+    fastpeft.reset_calls()
+    theirs(ids)
+    assert fastpeft.fused_calls() == {method: 2 * 4}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastpeft.accelerated.packed import packed
 from fastpeft.accelerated.reading import OWN, Found, Why, observed
-from fastpeft.adapter import is_conv1d
+from fastpeft.adapter import has_linear_forward, is_conv1d
 from fastpeft.base import Plain
 from fastpeft.packed import kind_of
 
@@ -100,7 +100,7 @@ def base_layer(module: nn.Module, *, weight: bool = True) -> str | Why:
     kind = "Linear"
     if cls is not nn.Linear:
         known = kind_of(cls) or ("Conv1D" if is_conv1d(module) else None)
-        if known is None and not (issubclass(cls, nn.Linear) and cls.forward is nn.Linear.forward):
+        if known is None and not (issubclass(cls, nn.Linear) and has_linear_forward(cls)):
             return Why(f"the base layer is a {cls.__module__}.{cls.__qualname__}")
         kind = known or kind
     if observed(module):
