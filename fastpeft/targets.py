@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -94,6 +95,8 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     parent = model.get_submodule(name.rpartition(".")[0]) if name else model
     if isinstance(parent, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its out_proj's weight and never calls it, so an adapter would be skipped"
+    if _is_read(parent, name.rpartition(".")[2]):
+        return f"{type(parent).__name__} hands its weight to a product or a kernel of its own and does not call it there, so an adapter would be skipped"
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet (lazy); run one forward first"
     if parametrize.is_parametrized(module):
@@ -105,6 +108,14 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if not module.weight.dtype.is_floating_point or module.weight.dtype.itemsize < 2:
         return f"its weight is {module.weight.dtype}; supported are float64, float32, bfloat16 and float16"
     return None
+
+
+def _is_read(parent: nn.Module, leaf: str) -> bool:
+    """Whether a Mamba mixer of Transformers reads the weight of this layer of its own: dt_proj and out_proj (which PEFT refuses too), and
+    x_proj where the kernels that read it may be installed."""
+    if "A_log" not in parent._parameters or not re.search("amba|FalconH1|NemotronH", type(parent).__name__):
+        return False
+    return leaf in ("dt_proj", "out_proj") or (leaf == "x_proj" and any(map(importlib.util.find_spec, ("mamba_ssm", "kernels"))))
 
 
 def fast_path_owners(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str, Any]]:

@@ -267,3 +267,23 @@ def test_falcons_linear_is_one(method):
     fastpeft.reset_calls()
     theirs(ids)
     assert fastpeft.fused_calls() == {method: 2 * 4}
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("version", ["Mamba", "Mamba2"])
+def test_a_mixer_that_reads_weights_is_not_fooled(version, kernels, monkeypatch):
+    """Mamba's dt_proj is never called, out_proj and x_proj are not where its kernels run: every adapter that is left gets a gradient."""
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: kernels or None)
+    own = {"num_heads": 4, "head_dim": 16, "n_groups": 1} if version == "Mamba2" else {}
+    config = getattr(transformers, f"{version}Config")(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=8, **own)
+    torch.manual_seed(0)
+    model, ids = getattr(transformers, f"{version}ForCausalLM")(config), torch.arange(12).view(2, 6)
+    with pytest.raises(ValueError, match=r"mixer\.out_proj.*does not call it"):
+        fastpeft.adapt(model, "lora", rank=2, target_modules=["out_proj"])
+    report = fastpeft.adapt(model, "lora", rank=2)
+    left = {n.rpartition(".")[2] for n in report.adapted}
+    assert left == ({"in_proj", "x_proj"} if version == "Mamba" and not kernels else {"in_proj"})
+    perturb(model)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if p.requires_grad)
