@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -13,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from fastpeft.adapter import has_linear_forward, is_adapted, is_conv1d
 from fastpeft.packed import is_packed
+from fastpeft.uncalled import why_uncalled
 
 Targets = str | Iterable[str]
 
@@ -93,10 +93,8 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if is_adapted(module):
         return "it already carries an adapter"
     parent = model.get_submodule(name.rpartition(".")[0]) if name else model
-    if isinstance(parent, nn.MultiheadAttention):
-        return "nn.MultiheadAttention reads its out_proj's weight and never calls it, so an adapter would be skipped"
-    if _is_read(parent, name.rpartition(".")[2]):
-        return f"{type(parent).__name__} hands its weight to a product or a kernel of its own and does not call it there, so an adapter would be skipped"
+    if skipped := why_uncalled(parent, name.rpartition(".")[2]):
+        return skipped
     if isinstance(module.weight, nn.parameter.UninitializedParameter):
         return "its weight is not initialised yet (lazy); run one forward first"
     if parametrize.is_parametrized(module):
@@ -108,14 +106,6 @@ def refusal(model: nn.Module, name: str, module: nn.Module) -> str | None:
     if not module.weight.dtype.is_floating_point or module.weight.dtype.itemsize < 2:
         return f"its weight is {module.weight.dtype}; supported are float64, float32, bfloat16 and float16"
     return None
-
-
-def _is_read(parent: nn.Module, leaf: str) -> bool:
-    """Whether a Mamba mixer of Transformers reads the weight of this layer of its own: dt_proj and out_proj (which PEFT refuses too), and
-    x_proj where the kernels that read it may be installed."""
-    if "A_log" not in parent._parameters or not re.search("amba|FalconH1|NemotronH", type(parent).__name__):
-        return False
-    return leaf in ("dt_proj", "out_proj") or (leaf == "x_proj" and any(map(importlib.util.find_spec, ("mamba_ssm", "kernels"))))
 
 
 def fast_path_owners(model: nn.Module, names: Iterable[str]) -> list[tuple[nn.Module, str, Any]]:

@@ -287,3 +287,18 @@ def test_a_mixer_that_reads_weights_is_not_fooled(version, kernels, monkeypatch)
     perturb(model)
     model(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_owners_that_read_their_weights():
+    """WavLM's attention and the convolutions of speaker verification: what is left reaches the loss."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "conv_dim": (8, 8), "conv_stride": (4, 4), "conv_kernel": (8, 4)}
+    more = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "tdnn_dim": (16, 16), "tdnn_kernel": (3, 1), "tdnn_dilation": (1, 1), "xvector_output_dim": 12}
+    torch.manual_seed(0)
+    model = transformers.WavLMForXVector(transformers.WavLMConfig(**sizes, **more))
+    report = fastpeft.adapt(model, "lora", rank=2)
+    read = [n for n, why in report.skipped.items() if "does not call it" in why]
+    assert len(read) == 2 * 4 + 2 and {n.rpartition(".")[2] for n in read} == {"q_proj", "k_proj", "v_proj", "out_proj", "kernel"}
+    perturb(model)
+    model(torch.randn(2, 400), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if p.requires_grad and "objective" not in n)
