@@ -112,3 +112,17 @@ def note_targets(
     head = output_head(model)
     if is_all(targets) and head and head not in saved:
         report.notes.append(f"the output head {head!r} is frozen; name it in modules_to_save to train it.")
+    stacked = _stacked_weights(model)
+    if stacked and is_all(targets):
+        numbers = sum(model.get_parameter(n).numel() for n in stacked)
+        report.notes.append(
+            f"{len(stacked)} stacks of matrices ({numbers:,} numbers, {stacked[0]} the first) belong to no linear layer, as the experts of a "
+            "mixture do not; they have no adapter."
+        )
+
+
+def _stacked_weights(model: nn.Module) -> list[str]:
+    """Names of floating-point parameters [n, a, b] that no convolution owns: a mixture's experts in Transformers 5."""
+    owned = [(f"{name}.{leaf}" if name else leaf, p) for name, m in model.named_modules() if not isinstance(m, nn.modules.conv._ConvNd)
+             for leaf, p in m._parameters.items()]  # fmt: skip
+    return [n for n, p in owned if p is not None and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()]

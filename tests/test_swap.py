@@ -302,3 +302,12 @@ def test_owners_that_read_their_weights():
     perturb(model)
     model(torch.randn(2, 400), labels=torch.tensor([0, 1])).loss.backward()
     assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if p.requires_grad and "objective" not in n)
+
+
+def test_the_report_says_that_experts_are_left_alone(llama):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40, "num_key_value_heads": 2}
+    mixture = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, num_local_experts=3))
+    (note,) = (n for n in fastpeft.adapt(mixture, "melora").notes if "no linear layer" in n)
+    assert note.startswith(f"4 stacks of matrices ({2 * 3 * 3 * 32 * 48:,} numbers") and "experts.gate_up_proj" in note
+    assert not any("no linear layer" in n for n in fastpeft.adapt(llama, "melora").notes)
