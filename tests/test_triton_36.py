@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from interpreted import TESTS, run_interpreted
+from test_interpreter import FILES
 
 pytestmark = pytest.mark.accept
 
@@ -63,4 +64,5 @@ def test_the_compile_gate(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_interpreter(family: str) -> None:
-    assert run_interpreted(f"interpreted_{family}.py") > (40 if family == "grouped" else 100)
+    """The sweeps thinned, as in `make test`; whole ones run under the newest Triton."""
+    assert run_interpreted(f"interpreted_{family}.py", whole=False) >= FILES[family][0]
