@@ -14,7 +14,7 @@ TESTS = Path(__file__).parent
 def run_interpreted(name: str, *, whole: bool = True) -> int:
     """pytest on tests/<name> in a process of its own; the number of tests that passed. Fails if any did not.
 
-    whole: its tests marked accept too.
+    whole: its tests marked accept too, by two processes: `make accept` runs one test at a time, `make test` two.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {
         "TRITON_INTERPRET": "1"
@@ -26,7 +26,7 @@ def run_interpreted(name: str, *, whole: bool = True) -> int:
         str(TESTS / name),
         "-q",
         "-n",
-        "0",
+        "2" if whole else "0",
         "-o",
         "addopts=-p no:cacheprovider" + ("" if whole else " -m 'not accept'"),
     ]

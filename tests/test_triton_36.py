@@ -56,7 +56,7 @@ def run(*arguments: str) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_compile_gate(family: str, tmp_path: Path) -> None:
     """Every tile for every target, and that the gate sees what it forbids."""
-    said = run("-m", "pytest", str(TESTS / f"test_compile_gate_{family}.py"), "-q", "-n", "0", "-o", "addopts=-p no:cacheprovider")
+    said = run("-m", "pytest", str(TESTS / f"test_compile_gate_{family}.py"), "-q", "-n", "2", "-o", "addopts=-p no:cacheprovider")
     last = said.strip().splitlines()[-1]
     assert re.fullmatch(r"\d+ passed(, \d+ warnings?)? in .*", last), last
     assert any((tmp_path / "cache").iterdir())
