@@ -20,7 +20,7 @@ TINY = {"steps": STEPS, "batch": 2, "length": 16, "hidden": 32, "intermediate": 
 LOSS = 1e-4
 # what the example is to show; LoRA without dropout keeps x and u either way
 SPEED_UP = {"lora": 1.1, "dora": 1.4, "lokr": 1.4}
-# of these it does not yet: the frozen model alone leaves less room than is asked for, or hardly more
+# of these it does not at this size (bench/README.md has others): what PEFT takes over the frozen model leaves less room than is asked for, or hardly more
 MISSED = ("lora", "dora")
 
 
