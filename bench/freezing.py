@@ -122,16 +122,17 @@ def train_all(bench: Bench, seeds: list[int], arms: list[str], rates: Rates) -> 
                     run(bench, title, rank, *both, seed)
 
 
-def chosen(epochs: int, rates: Rates) -> dict[str, list[dict[str, Any]]]:
-    """Title -> the rows of its best rates, one per seed."""
-    titles = dict.fromkeys(r["title"] for r in read(epochs, rates))
-    return {t: [r for r in read(epochs, rates) if r["title"] == t and rates_of(r) == best_rates(t, epochs, rates)] for t in titles}
+def chosen(epochs: int, rates: Rates, seeds: list[int]) -> dict[str, list[dict[str, Any]]]:
+    """Title -> the rows of its best rates, one per seed; of these seeds, or of all where none is given."""
+    rows = read(epochs, rates)
+    best = {t: best_rates(t, epochs, rates) for t in dict.fromkeys(r["title"] for r in rows)}
+    return {t: [r for r in rows if r["title"] == t and rates_of(r) == both and (not seeds or r["seed"] in seeds)] for t, both in best.items()}
 
 
-def table(epochs: int, rates: Rates) -> str:
+def table(epochs: int, rates: Rates, seeds: list[int]) -> str:
     lines = ["| arm | rank | rates of adapter, head (the others' loss) | trains at first | in the last step | mean over the steps | loss | accuracy | per seed |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |")
-    for title, rows in chosen(epochs, rates).items():
+    for title, rows in chosen(epochs, rates, seeds).items():
         r, n = rows[0], {k: statistics.fmean(q["numbers"][k] for q in rows) for k in ("first", "last", "mean")}
         other = [q["losses"][-1] for q in read(epochs, rates) if q["title"] == title and rates_of(q) != rates_of(r)]
         rate = f"{', '.join(f'{v:g}' for v in rates_of(r))} ({', '.join(f'{v:.3f}' for v in other)})"
@@ -143,14 +144,14 @@ def table(epochs: int, rates: Rates) -> str:
     return "\n".join(lines)
 
 
-def plot(epochs: int, rates: Rates) -> None:
+def plot(epochs: int, rates: Rates, seeds: list[int]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    rows = chosen(epochs, rates)
+    rows = chosen(epochs, rates, seeds)
     for r in rows[ADAPTIVE]:
         steps = r["steps"]
         found = History(r["history"]).by_type(statistics.fmean)
@@ -186,8 +187,8 @@ def main() -> None:
     if args.seeds:
         train_all(Bench(Settings(compare=False, threads=args.threads, quick=args.quick, max_length=LENGTH, epochs=1 if args.quick else args.epochs)), args.seeds, args.arms, rates)
     if args.plot:
-        plot(args.epochs, rates)
-    print(table(args.epochs, rates))
+        plot(args.epochs, rates, args.seeds)
+    print(table(args.epochs, rates, args.seeds))
 
 
 if __name__ == "__main__":

@@ -132,8 +132,8 @@ def build(args: argparse.Namespace, folder: str, callbacks: list[Any]) -> Any:
         model.requires_grad_(False).model.layers[0].input_layernorm.requires_grad_(True)
     else:
         model = peft.get_peft_model(model, adapter(args))
-    if args.accelerate and not args.frozen:
-        fastpeft.accelerate(model)  # the one line
+        if args.accelerate:
+            fastpeft.accelerate(model)  # the one line
     arguments = trl.SFTConfig(
         output_dir=folder, max_steps=args.steps, per_device_train_batch_size=args.batch, learning_rate=args.lr,
         max_length=args.length, packing=True, packing_strategy="wrapped", gradient_checkpointing=args.checkpointing,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from fastpeft import routing_hooks
 from fastpeft.adapter import is_adapted
@@ -104,7 +105,7 @@ def blocks_around(
 def note_targets(
     model: nn.Module, targets: Targets, saved: Mapping[str, nn.Module], report: Report, sites: list[str]
 ) -> None:
-    """Notes on targets that match none of `sites`, and on the output head."""
+    """Notes on targets that match none of `sites`, on the output head, and on stacks of matrices, which no target reaches."""
     if isinstance(targets, (list, tuple, set)):
         unused = [t for t in targets if not any(matches(n, [t]) for n in sites)]
         if unused:
@@ -112,17 +113,17 @@ def note_targets(
     head = output_head(model)
     if is_all(targets) and head and head not in saved:
         report.notes.append(f"the output head {head!r} is frozen; name it in modules_to_save to train it.")
-    stacked = _stacked_weights(model)
-    if stacked and is_all(targets):
-        numbers = sum(model.get_parameter(n).numel() for n in stacked)
+    if is_all(targets) and (stacks := _stacks(model)):
+        numbers = sum(p.numel() for p in stacks.values())
         report.notes.append(
-            f"{len(stacked)} stacks of matrices ({numbers:,} numbers, {stacked[0]} the first) belong to no linear layer, as the experts of a "
+            f"{len(stacks)} stacks of matrices ({numbers:,} numbers, {next(iter(stacks))} the first) belong to no linear layer, as the experts of a "
             "mixture do not; they have no adapter."
         )
 
 
-def _stacked_weights(model: nn.Module) -> list[str]:
-    """Names of floating-point parameters [n, a, b] that no convolution owns: a mixture's experts in Transformers 5."""
-    owned = [(f"{name}.{leaf}" if name else leaf, p) for name, m in model.named_modules() if not isinstance(m, nn.modules.conv._ConvNd)
-             for leaf, p in m._parameters.items()]  # fmt: skip
-    return [n for n, p in owned if p is not None and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()]
+def _stacks(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Floating-point parameters [n, a, b] that no convolution owns, itself or through a parametrization: a mixture's experts in
+    Transformers 5."""
+    others = (nn.modules.conv._ConvNd, ParametrizationList)
+    owned = {f"{name}.{leaf}" if name else leaf: p for name, m in model.named_modules() if not isinstance(m, others) for leaf, p in m._parameters.items()}
+    return {n: p for n, p in owned.items() if p is not None and p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()}

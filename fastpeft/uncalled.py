@@ -25,7 +25,9 @@ def why_uncalled(owner: nn.Module, leaf: str) -> str | None:
     kind = type(owner).__name__
     if isinstance(owner, nn.MultiheadAttention):
         return "nn.MultiheadAttention reads its out_proj's weight and never calls it, so an adapter would be skipped"
-    read = [leaf in leaves for pattern, leaves in OWNERS if re.fullmatch(pattern, kind)]
+    # (a user's own class may have one of these names)
+    theirs = type(owner).__module__.startswith("transformers")
+    read = [leaf in leaves for pattern, leaves in OWNERS if theirs and re.fullmatch(pattern, kind)]
     if "A_log" in owner._parameters and re.search(MIXERS, kind):
         read += [leaf in READ, leaf in BY_KERNELS and any(map(importlib.util.find_spec, KERNELS))]
     if any(read):

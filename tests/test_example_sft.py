@@ -59,6 +59,13 @@ def test_with_and_without_the_line(method):
     assert ours["saved"] <= stock["saved"] if method == "lora" else ours["saved"] < stock["saved"]
 
 
+def test_the_frozen_model_has_no_adapter_and_a_whole_backward():
+    """What compare_sft.py divides by: gradients cross every linear layer, and none has an adapter."""
+    frozen = run("lora", "--frozen", lr=2e-2)
+    assert frozen["layers"] == 0 and frozen["trainable"] == TINY["hidden"] and not frozen["fused_calls"] and not frozen["accelerate"]
+    assert len(set(frozen["losses"])) == STEPS, "nothing trained, so nothing says that there was a backward"
+
+
 def test_lora_with_dropout_keeps_less():
     """PEFT keeps the dropped input and its mask, we a seed; the losses are of other masks."""
     ours, stock = (run("lora", flag, dropout=0.1, steps=1) for flag in ("--accelerate", "--no-accelerate"))

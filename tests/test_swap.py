@@ -11,7 +11,7 @@ from tolerance import assert_fp64
 from torch import nn
 
 import fastpeft
-from fastpeft import AdaptedLinear
+from fastpeft import AdaptedLinear, uncalled
 
 RULES = [
     {},
@@ -274,7 +274,7 @@ def test_falcons_linear_is_one(method):
 def test_a_mixer_that_reads_weights_is_not_fooled(version, kernels, monkeypatch):
     """Mamba's dt_proj is never called, out_proj and x_proj are not where its kernels run: every adapter that is left gets a gradient."""
     transformers = pytest.importorskip("transformers")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: kernels or None)
+    monkeypatch.setattr(uncalled, "KERNELS", ("torch",) if kernels else ("no_such_package",))
     own = {"num_heads": 4, "head_dim": 16, "n_groups": 1} if version == "Mamba2" else {}
     config = getattr(transformers, f"{version}Config")(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=8, **own)
     torch.manual_seed(0)
@@ -298,6 +298,7 @@ def test_owners_that_read_their_weights():
     model = transformers.WavLMForXVector(transformers.WavLMConfig(**sizes, **more))
     report = fastpeft.adapt(model, "lora", rank=2)
     read = [n for n, why in report.skipped.items() if "does not call it" in why]
+    assert not any("no linear layer" in n for n in report.notes), "a weight-normalised convolution is no stack of matrices"
     assert len(read) == 2 * 4 + 2 and {n.rpartition(".")[2] for n in read} == {"q_proj", "k_proj", "v_proj", "out_proj", "kernel"}
     perturb(model)
     model(torch.randn(2, 400), labels=torch.tensor([0, 1])).loss.backward()
@@ -311,3 +312,10 @@ def test_the_report_says_that_experts_are_left_alone(llama):
     (note,) = (n for n in fastpeft.adapt(mixture, "melora").notes if "no linear layer" in n)
     assert note.startswith(f"4 stacks of matrices ({2 * 3 * 3 * 32 * 48:,} numbers") and "experts.gate_up_proj" in note
     assert not any("no linear layer" in n for n in fastpeft.adapt(llama, "melora").notes)
+
+
+def test_a_class_of_the_users_own_with_one_of_those_names_is_adapted():
+    TDNNLayer = type("TDNNLayer", (nn.Module,), {})
+    model = nn.Sequential(TDNNLayer())
+    model[0].kernel = nn.Linear(8, 8)
+    assert fastpeft.adapt(model, "lora", rank=2).adapted == ["0.kernel"]

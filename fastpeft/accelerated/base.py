@@ -100,7 +100,7 @@ def base_layer(module: nn.Module, *, weight: bool = True) -> str | Why:
     kind = "Linear"
     if cls is not nn.Linear:
         known = kind_of(cls) or ("Conv1D" if is_conv1d(module) else None)
-        if known is None and not (issubclass(cls, nn.Linear) and has_linear_forward(cls)):
+        if known is None and not has_linear_forward(cls):
             return Why(f"the base layer is a {cls.__module__}.{cls.__qualname__}")
         kind = known or kind
     if observed(module):

@@ -93,7 +93,7 @@ def as_markdown(store: Store, rows: Sequence[dict[str, Any]]) -> str:
         grid,
         _marks(rows),
         "![accuracy against kept memory](pareto.png)",
-        "![accuracy against step time](pareto_time.png)" if any(r["ratio"] is not None for r in rows) else "",
+        "![accuracy against step time](pareto_time.png)" if any(r["status"] == SUCCESS and r["ratio"] is not None for r in rows) else "",
         "![evaluation loss of the pilot runs by learning rate](rates.png)",
         "![loss curves](curves.png)",
         _reading(s, timed),
